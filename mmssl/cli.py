@@ -1,0 +1,122 @@
+"""The ``mmssl`` command: pretrain, evaluate, list."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from mmssl.discovery import find_all
+
+
+def pretrain_parser() -> ArgumentParser:
+    """Flags of a pretraining run: those of ``mmssl.training.pretrain``, and of whatever it is given."""
+    from mmssl.modalities.base import Modality
+    from mmssl.objectives.base import Objective
+    from mmssl.training import pretrain
+
+    find_all("modalities", Modality), find_all("objectives", Objective)  # so that their names are known
+    parser = ArgumentParser(
+        prog="mmssl pretrain",
+        description="Pretrain an encoder. Flags win over the recipe, the recipe over the defaults.",
+    )
+    parser.add_argument("--config", action="config", help="A recipe: a YAML file with any of the flags below.")
+    parser.add_function_arguments(pretrain, as_positional=False, fail_untyped=False)
+    return parser
+
+
+def parse_pretrain(arguments: Sequence[str] | None = None, recipe: str | Path | None = None) -> dict[str, Any]:
+    """Keyword arguments of ``pretrain`` from flags; ``recipe`` gives the defaults where ``--config`` is not used."""
+    parser = pretrain_parser()
+    given = with_source(sys.argv[1:] if arguments is None else arguments)
+    if recipe is not None and "--config" not in given:
+        given = ["--config", str(recipe), *given]
+    config = parser.instantiate_classes(parser.parse_args(given))
+    return {name: value for name, value in vars(config).items() if name != "config"}
+
+
+def with_source(arguments: Sequence[str]) -> list[str]:
+    """``--data PATH`` is short for ``--data.source PATH``, and so is ``--test``."""
+    short = {"--data": "--data.source", "--test": "--test.source"}
+    return [short.get(flag, flag) + equals + value for flag, equals, value in (a.partition("=") for a in arguments)]
+
+
+def evaluate_command(arguments: Sequence[str]) -> None:
+    """Probe checkpoints beside raw features and untrained encoders."""
+    from mmssl.data import DataArguments
+    from mmssl.evaluation import PROTOCOLS, evaluate, print_scores
+
+    parser = ArgumentParser(prog="mmssl evaluate", description=evaluate_command.__doc__)
+    parser.add_argument(
+        "checkpoint",
+        nargs="+",
+        help="Folders or Hub names; several are seeds of one recipe: mean and spread are shown.",
+    )
+    parser.add_class_arguments(DataArguments, "data")
+    parser.add_class_arguments(DataArguments, "test")
+    parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS), help=f"Some of {', '.join(PROTOCOLS)}.")
+    parser.add_argument("--modality", default=None, help="Which modality, of a model that has several.")
+    parser.add_argument("--output", default=None, help="JSON file to write the scores to.")
+    config = parser.instantiate_classes(parser.parse_args(with_source(arguments)))
+    scores = evaluate(config.checkpoint, config.data, config.test, config.protocol, config.modality)
+    print_scores(scores, title=" ".join(config.checkpoint))
+    if config.output:
+        Path(config.output).write_text(json.dumps([asdict(score) for score in scores], indent=2))
+
+
+def list_command(arguments: Sequence[str]) -> None:
+    """Show the modalities, objectives, protocols and data sets there are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmssl.data.sources import BUILTIN
+    from mmssl.evaluation import PROTOCOLS
+    from mmssl.modalities.base import Modality
+    from mmssl.objectives.base import Objective
+
+    ArgumentParser(prog="mmssl list", description=list_command.__doc__).parse_args(list(arguments))
+    table = Table("kind", "name", "what it is")
+    kinds: dict[str, dict[str, Any]] = {
+        "modality": find_all("modalities", Modality),
+        "objective": find_all("objectives", Objective),
+        "protocol": dict(PROTOCOLS),
+        "data set": dict(BUILTIN),
+    }
+    for kind, members in kinds.items():
+        for name, member in members.items():
+            table.add_row(kind, name, (member.__doc__ or "").strip().splitlines()[0])
+        table.add_section()
+    Console().print(table)
+
+
+def pretrain_command(arguments: Sequence[str]) -> None:
+    """Pretrain an encoder on unlabelled data."""
+    from mmssl.training import pretrain
+
+    print(f"The model is in {pretrain(**parse_pretrain(arguments))}")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "pretrain": pretrain_command,
+    "evaluate": evaluate_command,
+    "list": list_command,
+}
+
+
+def main() -> None:
+    """Entry point of the ``mmssl`` command."""
+    command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if command in ("-h", "--help"):
+        print("usage: mmssl {" + ",".join(COMMANDS) + "} ...   (mmssl COMMAND --help shows its flags)\n")
+        for name, function in COMMANDS.items():
+            print(f"  {name:10} {function.__doc__}")
+        return
+    if command not in COMMANDS:
+        sys.exit(f"mmssl: unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
+    try:
+        COMMANDS[command](arguments)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"mmssl {command}: {error}")

@@ -1,0 +1,6 @@
+"""From folders, parquet files, Hub data sets and what the packages bring to prepared samples."""
+
+from mmssl.data.prepared import PreparedSamples
+from mmssl.data.sources import DataArguments, Samples, load_samples
+
+__all__ = ["DataArguments", "PreparedSamples", "Samples", "load_samples"]

@@ -1,0 +1,50 @@
+"""Prepared samples for a DataLoader: what runs in the workers."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmssl.data.sources import Samples
+from mmssl.modalities.base import Batch, Modality
+
+
+class PreparedSamples(Dataset):
+    """Raw samples through the modality's ``prepare``; errors name the file or row.
+
+    With ``on_error="skip"`` an unreadable sample gives way to the next readable one, so that batches keep their size;
+    which ones were unreadable travels with the batch, since workers cannot count for the main process.
+
+    Args:
+        samples: the raw samples.
+        modality: used for ``prepare`` and ``collate`` alone.
+        on_error: "raise" or "skip".
+    """
+
+    def __init__(self, samples: Samples, modality: Modality, on_error: Literal["raise", "skip"] = "raise"):
+        self.samples, self.modality, self.on_error = samples, modality, on_error
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[dict[str, Tensor], list[int]]:
+        failed: list[int] = []
+        for step in range(len(self)):
+            position = (index + step) % len(self)
+            try:
+                return self.modality.prepare(self.samples.values[position]), failed
+            except (ValueError, OSError) as error:
+                if self.on_error == "raise":
+                    raise ValueError(f"{self.samples.name(position)}: {error}") from error
+                failed.append(position)
+        raise ValueError(f"none of {len(self)} samples could be read; the last was {self.samples.name(failed[-1])}")
+
+    def collate(self, items: Sequence[tuple[dict[str, Tensor], list[int]]]) -> dict[str, Batch | Tensor]:
+        """The modality's batch as "inputs", and the positions of unreadable samples as "failed"."""
+        failed = [position for _, positions in items for position in positions]
+        return {
+            "inputs": self.modality.collate([sample for sample, _ in items]),
+            "failed": torch.tensor(failed, dtype=torch.long),
+        }

@@ -1,0 +1,267 @@
+"""The shared transformer encoder: reads embedded tokens of any modality, with padding and with edges.
+
+Pre-norm blocks (Dosovitskiy et al., ViT, 2021) or post-norm blocks (Devlin et al., BERT, 2019), with class and register
+tokens (Darcet et al., 2024), stochastic depth (Huang et al., 2016) and LayerScale (Touvron et al., CaiT, 2021). Attention
+goes through transformers' attention interface, so that eager, sdpa, flash and flex attention are chosen by name.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+@dataclass
+class EncoderConfig:
+    """The shape of the transformer.
+
+    Attributes:
+        hidden_size: width D of a token.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads per block; must divide the width.
+        intermediate_size: width of the feed-forward layer. None: four times the hidden size.
+        hidden_act: activation of the feed-forward layer.
+        norm_position: "pre" normalises the input of each sub-layer and the final output (ViT); "post" normalises the
+            embedded tokens and the sum after each sub-layer (BERT, TERA).
+        layer_norm_eps: epsilon of the layer norms.
+        qkv_bias: give the query, key and value projections a bias.
+        layer_scale_init: start value of a learned scale per channel of each residual branch. None: no LayerScale.
+        drop_path_rate: share of samples whose residual branch is dropped in the last block; grows linearly from 0.
+        hidden_dropout_prob: dropout of the embedded tokens and of each residual branch.
+        attention_probs_dropout_prob: dropout of the attention weights.
+        class_token: put one learned token before the others.
+        num_register_tokens: further learned tokens before the others, whose output is thrown away.
+        initializer: distribution of the linear layers' start values: "xavier_uniform" (MAE) or "normal" (BERT, TERA).
+        initializer_range: standard deviation of "normal", and of learned tokens.
+    """
+
+    hidden_size: int = 192
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 3
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    norm_position: Literal["pre", "post"] = "pre"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    layer_scale_init: float | None = None
+    drop_path_rate: float = 0.0
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    class_token: bool = False
+    num_register_tokens: int = 0
+    initializer: Literal["xavier_uniform", "normal"] = "xavier_uniform"
+    initializer_range: float = 0.02
+
+    _attn_implementation: ClassVar[str] = "sdpa"  # MMSSLConfig has transformers' property of this name instead
+
+
+@dataclass
+class EncoderOutput:
+    """What the encoder returns.
+
+    Attributes:
+        tokens: (B, N, D) one output per token, in the order of the input.
+        prefix: (B, number of class and register tokens, D), the class token first.
+        layers: the outputs (B, N, D) of the blocks that were asked for, before the final norm.
+    """
+
+    tokens: Tensor
+    prefix: Tensor
+    layers: list[Tensor] = field(default_factory=list)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, (B, heads, N, D / heads) each; the only form that also returns the weights."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class Attention(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.is_causal = False
+        self.num_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        batch, length, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        return self.proj(out.reshape(batch, length, width)), weights
+
+
+class MLP(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        inner = config.intermediate_size or 4 * config.hidden_size
+        self.fc1 = nn.Linear(config.hidden_size, inner)
+        self.act = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(inner, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.start = config.layer_scale_init
+        self.scale = nn.Parameter(torch.full((config.hidden_size,), self.start))
+
+    def forward(self, branch: Tensor) -> Tensor:
+        return branch * self.scale
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the residual branch of a whole sample, and scales the others up."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if self.rate == 0.0 or not self.training:
+            return branch
+        keep = branch.new_empty(len(branch), 1, 1).bernoulli_(1 - self.rate)
+        return branch * (keep / (1 - self.rate))
+
+
+class EncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: EncoderConfig, drop_path: float):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+        scaled = config.layer_scale_init is not None
+        self.scale1 = LayerScale(config) if scaled else nn.Identity()
+        self.scale2 = LayerScale(config) if scaled else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self.pre_norm:
+            branch, _ = self.attention(self.norm1(hidden_states), attention_mask)
+            hidden_states = hidden_states + self.drop_path(self.dropout(self.scale1(branch)))
+            branch = self.mlp(self.norm2(hidden_states))
+            return hidden_states + self.drop_path(self.dropout(self.scale2(branch)))
+        branch, _ = self.attention(hidden_states, attention_mask)
+        hidden_states = self.norm1(hidden_states + self.drop_path(self.dropout(self.scale1(branch))))
+        branch = self.mlp(hidden_states)
+        return self.norm2(hidden_states + self.drop_path(self.dropout(self.scale2(branch))))
+
+
+class Encoder(nn.Module):
+    """Embedded tokens in, contextualised tokens out. Prefix tokens have no place and are never masked."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads must divide hidden_size; found {config.num_attention_heads} heads "
+                f"and a hidden size of {config.hidden_size}"
+            )
+        self.config = config
+        self.num_prefix_tokens = int(config.class_token) + config.num_register_tokens
+        if self.num_prefix_tokens:
+            self.prefix_tokens = nn.Parameter(torch.zeros(1, self.num_prefix_tokens, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.layers = nn.ModuleList(EncoderLayer(config, rate) for rate in rates)
+        # The final norm of a pre-norm encoder; the norm of the embedded tokens of a post-norm one.
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        valid: Tensor,
+        edges: Tensor | None = None,
+        keep_layers: Sequence[int] = (),
+    ) -> EncoderOutput:
+        """Encode a batch.
+
+        Args:
+            content: (B, N, D) embedded contents.
+            position: (B, N, D) embedded places, added to the contents.
+            valid: (B, N) bool, False for padding.
+            edges: (2, E) long as in ``Tokens``, or None where all valid tokens of a row attend to each other.
+            keep_layers: blocks (from 1) whose outputs are returned too.
+        """
+        hidden = content + position.to(content.dtype)
+        prefix = self.num_prefix_tokens
+        if prefix:
+            hidden = torch.cat([self.prefix_tokens.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
+        mask = self.attention_mask(hidden, valid, edges)
+        if self.config.norm_position == "post":
+            hidden = self.norm(hidden)
+        hidden = self.dropout(hidden)
+        layers = []
+        for number, layer in enumerate(self.layers, start=1):
+            hidden = layer(hidden, mask)
+            if number in keep_layers:
+                layers.append(hidden[:, prefix:])
+        if self.config.norm_position == "pre":
+            hidden = self.norm(hidden)
+        return EncoderOutput(tokens=hidden[:, prefix:], prefix=hidden[:, :prefix], layers=layers)
+
+    def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None) -> Tensor | None:
+        """What the chosen attention function wants; None where everything may attend to everything."""
+        prefix = self.num_prefix_tokens
+        if edges is None:
+            padded = nn.functional.pad(valid, (prefix, 0), value=True)
+            return create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=padded)
+        batch, length = valid.shape
+        source, target = edges
+        allowed = torch.zeros(batch, length, length, dtype=torch.bool, device=valid.device)
+        allowed[target // length, target % length, source % length] = True
+        allowed = nn.functional.pad(allowed & valid[:, None, :], (prefix, 0, prefix, 0), value=True)
+        allowed |= torch.eye(prefix + length, dtype=torch.bool, device=valid.device)  # no query without a key
+        bias = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+        return bias.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[:, None]
+
+
+def init_weights(module: nn.Module, config: EncoderConfig) -> None:
+    """Start values of one module's own parameters; skips what a checkpoint has filled. Used for models and for heads."""
+    if isinstance(module, nn.Linear):
+        if config.initializer == "xavier_uniform":
+            init.xavier_uniform_(module.weight)
+        else:
+            init.normal_(module.weight, std=config.initializer_range)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, LayerScale):
+        init.constant_(module.scale, module.start)
+    elif isinstance(module, Encoder) and module.num_prefix_tokens:
+        init.normal_(module.prefix_tokens, std=config.initializer_range)

@@ -1,0 +1,7 @@
+"""What frozen features are worth: protocols, tables and pictures."""
+
+from mmssl.evaluation.evaluate import Score, evaluate, print_scores
+from mmssl.evaluation.pictures import draw_reconstructions
+from mmssl.evaluation.protocols import PROTOCOLS
+
+__all__ = ["PROTOCOLS", "Score", "draw_reconstructions", "evaluate", "print_scores"]

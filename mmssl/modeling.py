@@ -1,0 +1,140 @@
+"""The Hugging Face side of a pretrained encoder: ``AutoConfig`` and ``AutoModel`` load these classes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from mmssl.discovery import find, option_names
+from mmssl.encoder import Attention, Encoder, EncoderConfig, EncoderLayer, EncoderOutput, init_weights
+from mmssl.modalities.base import Batch, Modality
+from mmssl.tokens import Tokens
+
+
+def make_modality(name: str, options: dict[str, Any]) -> Modality:
+    """The modality of this name with these options, without parameters.
+
+    Raises:
+        ValueError: no such modality, or an option that it does not have.
+    """
+    cls = find("modalities", name, Modality)
+    if unknown := set(options) - set(option_names(cls)):
+        raise ValueError(
+            f"unknown option of modality {name!r}: {', '.join(sorted(unknown))}; it has: {', '.join(option_names(cls))}"
+        )
+    return cls(**options)
+
+
+class MMSSLConfig(PreTrainedConfig, EncoderConfig):
+    """Shape of the encoder and options of its modalities: ``{"image": {"image_size": 32, ...}}``.
+
+    Raises:
+        ValueError: an unknown modality, or an option that a modality does not have.
+    """
+
+    model_type = "mmssl"
+
+    modalities: dict[str, dict[str, Any]] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.modalities = {
+            name: make_modality(name, options).options() for name, options in (self.modalities or {}).items()
+        }
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class MMSSLModelOutput(ModelOutput):
+    """What the model returns.
+
+    Attributes:
+        last_hidden_state: (B, prefix + N, D), class and register tokens first.
+        pooler_output: (samples, D) mean of the valid tokens, class and register tokens left out.
+        token_mask: (B, prefix + N) True where a token is not padding.
+        hidden_states: with ``output_hidden_states``, the input and the output of each block.
+        attentions: with ``output_attentions`` and eager attention, (B, heads, prefix + N, prefix + N) of each block.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    token_mask: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class MMSSLModel(PreTrainedModel):
+    """One encoder and the modalities that share it. A batch holds one of them, known by the names of its tensors."""
+
+    config: MMSSLConfig
+    base_model_prefix = "mmssl"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EncoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": Attention}
+
+    def __init__(self, config: MMSSLConfig):
+        super().__init__(config)
+        if not config.modalities:
+            raise ValueError('the config names no modality; expected for example modalities={"image": {}}')
+        self.modalities = nn.ModuleDict(
+            {
+                name: make_modality(name, options).build(config.hidden_size)
+                for name, options in config.modalities.items()
+            }
+        )
+        self.main_input_name = next(iter(self.modalities.values())).inputs[0]
+        self.encoder = Encoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        init_weights(module, self.config)
+
+    def modality_of(self, batch: Batch) -> Modality:
+        """The modality whose tensors these are."""
+        for modality in self.modalities.values():
+            if set(batch) == set(modality.inputs):
+                return modality
+        expected = " or ".join(str(list(modality.inputs)) for modality in self.modalities.values())
+        raise ValueError(f"found inputs {sorted(batch)}; expected {expected}, as the processor returns them")
+
+    def encode(
+        self, modality: Modality, tokens: Tokens, content: Tensor | None = None, keep_layers: Sequence[int] = ()
+    ) -> EncoderOutput:
+        """Embed tokens, add their places and encode them.
+
+        Args:
+            modality: the modality that made the tokens.
+            tokens: the tokens.
+            content: (B, N, D) embedded contents, where an objective has changed them. None: those of the tokens.
+            keep_layers: blocks (from 1) whose outputs are returned too.
+        """
+        content = modality.embed(tokens) if content is None else content
+        return self.encoder(content, modality.position(tokens.coords), tokens.valid, tokens.edges, keep_layers)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, **inputs) -> MMSSLModelOutput:
+        """Encode a batch as the processor returns it, for example ``model(pixel_values=...)``."""
+        batch = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        modality = self.modality_of(batch)
+        tokens = modality.tokenize(batch)
+        out = self.encode(modality, tokens)
+        return MMSSLModelOutput(
+            last_hidden_state=torch.cat([out.prefix, out.tokens], dim=1),
+            pooler_output=tokens.pool(out.tokens),
+            token_mask=nn.functional.pad(tokens.valid, (self.encoder.num_prefix_tokens, 0), value=True),
+        )
+
+    def get_input_embeddings(self):
+        raise NotImplementedError("tokens are embedded by the modalities, not by a table: see MMSSLModel.modalities")

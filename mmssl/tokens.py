@@ -1,0 +1,116 @@
+"""Tokens and Mask: the vocabulary that modalities, the encoder and objectives share. Imports nothing of the project."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Tokens:
+    """A batch of token sequences: the only thing that passes from a modality to the encoder and the objectives.
+
+    Content and place are separate, so that an objective can hide tokens before they are embedded, replace them, alter
+    their content, shuffle them, or ask for the place of a token whose content the model never sees.
+
+    Attributes:
+        content: (B, N, *V) what each token contains before it is embedded: the pixels of a patch, a log-mel frame.
+        coords: (B, N, P) float, where each token lies: (y, x), (t,), ... Never part of the content.
+        valid: (B, N) bool, False for padding, which is never attended to, never hidden and never a target.
+        edges: (2, E) long, optional: token ``edges[0]`` may be read by token ``edges[1]``, both as flat indices
+            ``row * N + position``. None: all valid tokens of a row read each other.
+        sample: (B,) long, optional: the sample each row belongs to, where a sample has several rows. None: row = sample.
+    """
+
+    content: Tensor
+    coords: Tensor
+    valid: Tensor
+    edges: Tensor | None = None
+    sample: Tensor | None = None
+
+    def select(self, index: Tensor, valid: Tensor) -> "Tokens":
+        """The tokens at ``index``, (B, K) long, no token twice in a row; edges to other tokens are dropped.
+
+        ``valid`` (B, K) says which of them count, as the flags of a ``Mask`` do.
+        """
+        edges = self.edges
+        if edges is not None:
+            batch, length = self.valid.shape
+            kept = index.shape[1]
+            rows = torch.arange(batch, device=index.device)[:, None]
+            new_index = torch.full((batch * length,), -1, device=index.device)
+            new_index[(index + rows * length).flatten()] = torch.arange(batch * kept, device=index.device)
+            edges = new_index[edges]
+            edges = edges[:, (edges >= 0).all(dim=0)]
+        return replace(
+            self,
+            content=gather(self.content, index),
+            coords=gather(self.coords, index),
+            valid=valid & gather(self.valid, index),
+            edges=edges,
+        )
+
+    def repeat(self, times: int) -> "Tokens":
+        """Each row ``times`` times, one after the other: (B * times, N, ...), for several masks of one sample."""
+        if times == 1:
+            return self
+        edges = self.edges
+        if edges is not None:
+            length = self.valid.shape[1]
+            row, position = edges // length, edges % length
+            copies = torch.arange(times, device=edges.device)[:, None, None]
+            edges = ((row * times + copies) * length + position).transpose(0, 1).flatten(1)
+        return replace(
+            self,
+            content=self.content.repeat_interleave(times, dim=0),
+            coords=self.coords.repeat_interleave(times, dim=0),
+            valid=self.valid.repeat_interleave(times, dim=0),
+            edges=edges,
+            sample=None if self.sample is None else self.sample.repeat_interleave(times, dim=0),
+        )
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """Mean of ``hidden`` (B, N, D) over the valid tokens of each sample: (number of samples, D)."""
+        weight = self.valid.to(hidden.dtype)
+        total, count = torch.einsum("bnd,bn->bd", hidden, weight), weight.sum(dim=1, keepdim=True)
+        if self.sample is not None:
+            samples = int(self.sample.max()) + 1
+            total = total.new_zeros(samples, total.shape[1]).index_add_(0, self.sample, total)
+            count = count.new_zeros(samples, 1).index_add_(0, self.sample, count)
+        return total / count.clamp(min=1)
+
+
+@dataclass
+class Mask:
+    """Which tokens are hidden, as indices, so that work is done on visible or on hidden tokens alone.
+
+    Rectangular: rows with fewer tokens than the longest are filled up with other tokens, marked by the valid flags.
+
+    Attributes:
+        hidden: (B, N) bool, True where a token is hidden. Padding is never hidden.
+        visible_index: (B, K) long, in order of position; ``visible_valid`` (B, K) is False where it is filling.
+        hidden_index: (B, M) long, in order of position; ``hidden_valid`` (B, M) is False where it is filling.
+    """
+
+    hidden: Tensor
+    visible_index: Tensor
+    visible_valid: Tensor
+    hidden_index: Tensor
+    hidden_valid: Tensor
+
+    @classmethod
+    def from_hidden(cls, hidden: Tensor, valid: Tensor) -> "Mask":
+        """Build the indices from booleans: ``hidden`` and ``valid`` are (B, N)."""
+        hidden = hidden & valid
+
+        def indices(members: Tensor) -> tuple[Tensor, Tensor]:
+            longest = int(members.sum(dim=1).max())
+            index = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+            return index, members.gather(1, index)
+
+        return cls(hidden, *indices(valid & ~hidden), *indices(hidden))
+
+
+def gather(values: Tensor, index: Tensor) -> Tensor:
+    """``values`` (B, N, *V) at ``index`` (B, K) long: (B, K, *V)."""
+    return values[torch.arange(len(values), device=values.device)[:, None], index]

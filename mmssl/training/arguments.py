@@ -1,0 +1,66 @@
+"""Flags of a training run, named as in Hugging Face's own scripts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class TrainArguments:
+    """How to train. Number of processes, devices and mixed precision are ``accelerate launch``'s.
+
+    Attributes:
+        output_dir: folder of the run: checkpoints, metrics.jsonl, and at the end the model and its processor.
+        overwrite_output_dir: delete an earlier run in that folder.
+        per_device_train_batch_size: samples of a batch on each device.
+        gradient_accumulation_steps: batches per optimiser step.
+        num_train_epochs: passes over the data.
+        max_train_steps: optimiser steps; wins over num_train_epochs.
+        learning_rate: peak learning rate, as it is: not scaled by the batch size.
+        min_learning_rate: learning rate at the last step.
+        lr_scheduler_type: how the learning rate falls after the warm-up.
+        warmup_ratio: share of the steps that the learning rate rises over.
+        weight_decay: decoupled weight decay of weight matrices; biases, norms and learned tokens have none.
+        adam_beta1: AdamW's decay rate of the mean of the gradient.
+        adam_beta2: AdamW's decay rate of the mean of its square.
+        adam_epsilon: AdamW's epsilon.
+        max_grad_norm: gradients are clipped to this norm. None: not clipped.
+        seed: start values, order of the data, views, masks and dropout all follow from it.
+        dataloader_num_workers: processes per device that prepare samples. 0: none but the main one.
+        logging_steps: optimiser steps between two lines of metrics.jsonl.
+        checkpointing_steps: optimiser steps between two checkpoints. None: only at the end.
+        checkpoints_total_limit: how many checkpoints are kept, the newest ones. None: all.
+        resume_from_checkpoint: folder of a checkpoint, or "latest" for the newest of output_dir.
+        activation_checkpointing: recompute the blocks in the backward pass: less memory, more time.
+        report_to: trackers of accelerate ("tensorboard", "trackio", "wandb", ...) beside metrics.jsonl.
+    """
+
+    output_dir: str = "runs/pretrain"
+    overwrite_output_dir: bool = False
+    per_device_train_batch_size: int = 128
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 100.0
+    max_train_steps: int | None = None
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 0.0
+    lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.05
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = None
+    seed: int = 0
+    dataloader_num_workers: int = 0
+    logging_steps: int = 10
+    checkpointing_steps: int | None = None
+    checkpoints_total_limit: int | None = 2
+    resume_from_checkpoint: str | None = None
+    activation_checkpointing: bool = False
+    report_to: list[str] | None = None
+
+    # A resumed run may differ in these; everything else would make it another run.
+    FREE = (
+        "output_dir", "overwrite_output_dir", "num_train_epochs", "max_train_steps", "dataloader_num_workers",
+        "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+        "activation_checkpointing", "report_to",
+    )  # fmt: skip

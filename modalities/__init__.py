@@ -1,0 +1,1 @@
+"""Modality adapters: one file each, found by the file's name."""

@@ -1,0 +1,187 @@
+"""Modality: from raw samples to Tokens, and whatever else depends on what the data are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.discovery import options_of
+from mmssl.tokens import Mask, Tokens
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class View:
+    """One stochastic view of a batch and the parameters of its transform, one row per sample."""
+
+    batch: Batch
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Modality(nn.Module):
+    """What is particular to one kind of data. A subclass lives in a file of its own and gives the file its name.
+
+    The arguments of ``__init__`` are the options that a checkpoint's config stores; they are kept as attributes of the
+    same name. A new modality has no parameters: it can prepare, collate and tokenize, which is all that data workers
+    and processors need. ``build`` adds the trained part.
+
+    Class attributes:
+        inputs: names of the tensors in a batch, the main one first; no two modalities share a main input.
+        extensions: endings of the files that hold one sample each.
+        columns: names under which data sets usually keep the samples.
+        mask_styles: what ``mask`` offers.
+    """
+
+    inputs: ClassVar[tuple[str, ...]]
+    extensions: ClassVar[tuple[str, ...]]
+    columns: ClassVar[tuple[str, ...]]
+    mask_styles: ClassVar[tuple[str, ...]] = ("random",)
+
+    distance: Literal["l1", "l2"] = "l2"
+
+    @property
+    def name(self) -> str:
+        return type(self).__module__.rpartition(".")[2]
+
+    def options(self) -> dict[str, Any]:
+        """The arguments this modality was made with, as the config stores them."""
+        return options_of(self)
+
+    def offers(self, method: str) -> bool:
+        """Whether this modality has the optional ``view`` or ``alter``."""
+        return getattr(type(self), method) is not getattr(Modality, method)
+
+    def build(self, width: int) -> Self:
+        """Add the trained modules for an encoder of this width; the subclass adds what ``embed`` needs."""
+        self.position = self.positions(width)
+        return self
+
+    # Data side: runs in the workers and inside the processor.
+
+    def prepare(self, sample: Any) -> dict[str, Tensor]:
+        """Decode and normalise one raw sample.
+
+        Raises:
+            ValueError: the sample is malformed; says what was found and what was expected.
+        """
+        raise NotImplementedError
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
+        """Put prepared samples into one batch, padded where they differ in length."""
+        raise NotImplementedError
+
+    # Device side.
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        """Cut a batch into tokens; has no parameters."""
+        raise NotImplementedError
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Contents to vectors, token by token: (B, N, width)."""
+        raise NotImplementedError
+
+    def positions(self, width: int) -> nn.Module:
+        """A new module that maps coords (B, N, P) to (B, N, width): for the encoder, a decoder or a predictor."""
+        raise NotImplementedError
+
+    def raw_features(self, batch: Batch) -> Tensor:
+        """(B, F) what a probe reads without any model: the baseline beside every claim of learning."""
+        raise NotImplementedError
+
+    def mask(self, tokens: Tokens, ratio: float | Tensor, generator: torch.Generator, style: str = "random") -> Mask:
+        """Choose the tokens to hide.
+
+        Of n valid tokens in a row ``int(n * (1 - ratio))`` stay visible, and at least one stays and one goes.
+
+        Args:
+            tokens: the tokens to choose from; only their places and validity matter.
+            ratio: share of hidden tokens; one for all, or (B,).
+            generator: source of randomness, on the device of the tokens.
+            style: one of ``mask_styles``.
+        """
+        if style not in self.mask_styles:
+            raise ValueError(f"{self.name} has no mask style {style!r}; it offers: {', '.join(self.mask_styles)}")
+        order = self.hiding_order(tokens, generator, style).masked_fill(~tokens.valid, torch.inf)
+        count = tokens.valid.sum(dim=1)
+        visible = (count.double() * (1 - ratio)).long().clamp(min=1).minimum((count - 1).clamp(min=1))
+        rank = order.argsort(dim=1).argsort(dim=1)
+        return Mask.from_hidden(rank < (count - visible)[:, None], tokens.valid)
+
+    def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
+        """(B, N) tokens with lower values are hidden first. The base class knows the style "random"."""
+        return torch.rand(tokens.valid.shape, generator=generator, device=tokens.valid.device)
+
+    def view(self, batch: Batch, generator: torch.Generator) -> View:
+        """One stochastic view of each sample. Optional."""
+        raise NotImplementedError(f"{self.name} offers no views")
+
+    def alter(self, tokens: Tokens, generator: torch.Generator) -> tuple[Tokens, Tensor]:
+        """Corrupt contents in place of hiding them. Optional.
+
+        Returns:
+            New tokens, the given ones stay as they are; and what was altered: (B, N) tokens or (B, N, *V) elements.
+        """
+        raise NotImplementedError(f"{self.name} offers no alteration")
+
+    def target(self, tokens: Tokens) -> Tensor:
+        """What reconstruction predicts, (B, N, *V); by default the content."""
+        return tokens.content.detach()
+
+    def content_of(self, prediction: Tensor, tokens: Tokens) -> Tensor:
+        """From a predicted target back to content, for pictures; ``tokens`` are the clean ones it belongs to."""
+        return prediction
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        """Contents as pictures for people, (B, height, width, 3) between 0 and 1; NaN content is left blank."""
+        raise NotImplementedError
+
+    def reconstruction_head(self, width: int) -> nn.Module:
+        """A new module from (B, N, width) to the shape of the target."""
+        raise NotImplementedError
+
+    def reconstruction_loss(self, prediction: Tensor, target: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of each token and how much it counts.
+
+        Args:
+            prediction: (B, N, *V).
+            target: (B, N, *V).
+            where: (B, N) tokens or (B, N, *V) elements that count.
+
+        Returns:
+            loss (B, N), the mean over the elements that count; weight (B, N), the number of things that count: tokens
+            or elements. The loss of a batch is ``(loss * weight).sum() / weight.sum()``.
+        """
+        difference = prediction.float() - target.float()
+        error = (difference.abs() if self.distance == "l1" else difference.square()).flatten(2)
+        if where.dim() == 2:
+            return error.mean(dim=-1), where.float()
+        counted = where.flatten(2).float()
+        weight = counted.sum(dim=-1)
+        return (error * counted).sum(dim=-1) / weight.clamp(min=1), weight
+
+
+def block_order(tokens: Tokens, longest: Sequence[int], generator: torch.Generator, blocks: int = 128) -> Tensor:
+    """Hiding order (B, N) by blocks: random boxes are laid one after the other and hide what they cover.
+
+    Each box begins at a random place of the row's extent and has sides drawn from 1 to ``longest`` (one per axis), cut at
+    the border (Atito et al., GMML, 2022). What one box covers first is hidden before what the next one covers.
+    """
+    coords, valid = tokens.coords, tokens.valid[..., None]
+    low = coords.masked_fill(~valid, torch.inf).amin(dim=1)[:, None]  # (B, 1, P)
+    extent = coords.masked_fill(~valid, -torch.inf).amax(dim=1)[:, None] - low + 1
+
+    def uniform() -> Tensor:
+        return torch.rand(len(coords), blocks, coords.shape[-1], generator=generator, device=coords.device)
+
+    start = low + (uniform() * extent).floor()
+    side = 1 + (uniform() * torch.tensor(longest, device=coords.device)).floor()
+    first = torch.full(tokens.valid.shape, blocks, device=coords.device)
+    for number in reversed(range(blocks)):  # over blocks, not samples: memory stays (B, N)
+        offset = coords - start[:, number, None]
+        covered = ((offset >= 0) & (offset < side[:, number, None])).all(dim=-1)
+        first = first.masked_fill(covered, number)
+    # Within a block the order is random, so that the last one is cut at the wanted share.
+    return first + torch.rand(first.shape, generator=generator, device=first.device)

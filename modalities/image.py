@@ -1,0 +1,326 @@
+"""Images of any size and any number of channels as patches on a rectangular grid (Dosovitskiy et al., ViT, 2021)."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch import Tensor, nn
+
+from mmssl.modalities.base import Batch, Modality, View, block_order
+from mmssl.positions import SinCosPositions
+from mmssl.tokens import Tokens
+
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Image(Modality):
+    """Images as patches.
+
+    Args:
+        image_size: height and width that samples are resized (shorter side, bicubic) and centre-cropped to. One number
+            means a square. The model itself takes any multiple of the patch size: places on another grid are stretched
+            over the one of this size.
+        patch_size: height and width of a patch. One number means a square.
+        num_channels: channels of an image. Files are converted to grey (1), RGB (3) or RGBA (4); arrays may have any.
+        image_mean: mean of each channel, subtracted; pixels lie between 0 and 1. One number is used for all channels.
+            None: that of ImageNet for 3 channels, else 0.5.
+        image_std: standard deviation of each channel, divided by. As image_mean.
+        normalize_target: reconstruct patches normalised by their own mean and variance (He et al., MAE, 2022).
+        distance: "l2", the squared error (MAE), or "l1", the absolute one (SimMIM, GMML), of a pixel.
+        alteration: what altered patches are filled with: standard normal "noise", "zeros", or the "patches" of another
+            image of the batch at the same place.
+        alteration_ratio: least and greatest share of altered patches; drawn for each image.
+        swap_probability: share of images that get another image's patches in place of ``alteration`` (GMML: 0.5).
+        swap_ratio: share of patches that are altered in those images (GMML: 0.3).
+        max_block: longest side of a block of hidden or altered patches, as a share of the side of the grid.
+        crop_scale: least and greatest share of the area that a view keeps, resized to the size of the image.
+        crop_ratio: least and greatest width over height of a view's crop.
+        horizontal_flip: probability that a view is mirrored.
+        color_jitter: strength of a view's changes of brightness, contrast and saturation, and four times that of hue.
+        gaussian_blur: probability that a view is blurred, with a standard deviation of 0.1 to 2 pixels.
+        rotation: greatest angle that a view is turned by, in degrees.
+    """
+
+    inputs: ClassVar = ("pixel_values",)
+    extensions: ClassVar = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+    columns: ClassVar = ("image", "img", "pixel_values")
+    mask_styles: ClassVar = ("random", "block")
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        num_channels: int = 3,
+        image_mean: float | tuple[float, ...] | None = None,
+        image_std: float | tuple[float, ...] | None = None,
+        normalize_target: bool = True,
+        distance: Literal["l1", "l2"] = "l2",
+        alteration: Literal["noise", "zeros", "patches"] = "noise",
+        alteration_ratio: tuple[float, float] = (0.5, 0.75),
+        swap_probability: float = 0.0,
+        swap_ratio: float = 0.3,
+        max_block: float = 0.3,
+        crop_scale: tuple[float, float] = (1.0, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        horizontal_flip: float = 0.0,
+        color_jitter: float = 0.0,
+        gaussian_blur: float = 0.0,
+        rotation: float = 0.0,
+    ):
+        super().__init__()
+        self.image_size, self.patch_size = pair(image_size), pair(patch_size)
+        self.num_channels = num_channels
+        imagenet = num_channels == 3
+        default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (0.5, 0.5)
+        self.image_mean = per_channel(default_mean if image_mean is None else image_mean, num_channels, "image_mean")
+        self.image_std = per_channel(default_std if image_std is None else image_std, num_channels, "image_std")
+        self.normalize_target, self.distance = normalize_target, distance
+        self.alteration, self.alteration_ratio = alteration, tuple(alteration_ratio)
+        self.swap_probability, self.swap_ratio, self.max_block = swap_probability, swap_ratio, max_block
+        self.crop_scale, self.crop_ratio = tuple(crop_scale), tuple(crop_ratio)
+        self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
+        self.gaussian_blur, self.rotation = gaussian_blur, rotation
+        self.grid(*self.image_size)
+        if color_jitter and num_channels != 3:
+            raise ValueError(f"color_jitter needs 3 channels; found num_channels={num_channels}: set color_jitter to 0")
+
+    def build(self, width: int) -> Self:
+        height, breadth = self.patch_size
+        self.projection = nn.Linear(height * breadth * self.num_channels, width)
+        return super().build(width)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches in an image of this size."""
+        patch_height, patch_width = self.patch_size
+        if height < patch_height or width < patch_width:
+            raise ValueError(
+                f"an image of {height}x{width} pixels is smaller than one patch of {patch_height}x{patch_width}; "
+                "use larger images or a smaller patch_size"
+            )
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"an image of {height}x{width} pixels cannot be cut into patches of {patch_height}x{patch_width}; "
+                "make image_size a multiple of patch_size"
+            )
+        return height // patch_height, width // patch_width
+
+    def prepare(self, sample: Any) -> dict[str, Tensor]:
+        """Decode a path, bytes, a ``{"bytes", "path"}`` record, a PIL image or an array (H, W), (H, W, C), (C, H, W).
+
+        Arrays of integers are divided by the greatest value of their type; arrays of floats lie between 0 and 1.
+        """
+        if isinstance(sample, dict):
+            sample = sample["bytes"] if sample.get("bytes") is not None else sample["path"]
+        if isinstance(sample, bytes):
+            sample = io.BytesIO(sample)
+        if isinstance(sample, str | Path | io.BytesIO):
+            try:
+                sample = PILImage.open(sample)
+                if sample.format == "JPEG":  # decode at a fraction of the size where that is enough
+                    sample.draft(None, (2 * self.image_size[1], 2 * self.image_size[0]))
+                sample.load()
+            except (OSError, SyntaxError, ValueError) as error:
+                raise ValueError(f"not a readable image ({error}); expected an intact image file") from error
+        pixels = self.from_pil(sample) if isinstance(sample, PILImage.Image) else self.from_array(sample)
+        if not pixels.isfinite().all():
+            raise ValueError("found NaN or infinite pixels; expected finite values")
+        mean, std = self.statistics(pixels)
+        return {"pixel_values": (pixels - mean) / std}
+
+    def from_pil(self, image: PILImage.Image) -> Tensor:
+        if self.num_channels not in PIL_MODES:
+            raise ValueError(
+                f"found an image file, and num_channels={self.num_channels}; files are read as 1, 3 or 4 channels: "
+                "give arrays (H, W, C) instead"
+            )
+        self.check_size(image.height, image.width)
+        if image.mode.startswith("I"):  # 16 bits of grey; PIL would cut them off at 255
+            return self.from_array(np.asarray(image).astype(np.float32) / 65535)
+        image = ImageOps.exif_transpose(image).convert(PIL_MODES[self.num_channels])
+        height, width = self.image_size
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), method=PILImage.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(image)).float() / 255
+        return pixels.reshape(height, width, self.num_channels).permute(2, 0, 1)
+
+    def from_array(self, array: Any) -> Tensor:
+        pixels = torch.as_tensor(np.asarray(array))
+        if not pixels.is_floating_point():
+            pixels = pixels.float() / torch.iinfo(pixels.dtype).max
+        if pixels.dim() == 2:
+            pixels = pixels[None]
+        elif pixels.dim() == 3 and pixels.shape[-1] == self.num_channels:
+            pixels = pixels.permute(2, 0, 1)
+        if pixels.dim() != 3 or pixels.shape[0] not in (1, self.num_channels):
+            raise ValueError(
+                f"found an array of shape {tuple(np.shape(array))}; expected (H, W), (H, W, {self.num_channels}) or "
+                f"({self.num_channels}, H, W)"
+            )
+        pixels = pixels.float().expand(self.num_channels, -1, -1)
+        self.check_size(*pixels.shape[1:])
+        height, width = self.image_size
+        if pixels.shape[1:] == (height, width):
+            return pixels
+        scale = max(height / pixels.shape[1], width / pixels.shape[2])
+        size = [max(height, round(pixels.shape[1] * scale)), max(width, round(pixels.shape[2] * scale))]
+        pixels = nn.functional.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        return pixels[:, top : top + height, left : left + width]
+
+    def check_size(self, height: int, width: int) -> None:
+        if height < self.patch_size[0] or width < self.patch_size[1]:
+            raise ValueError(
+                f"found an image of {height}x{width} pixels; expected at least one patch, "
+                f"{self.patch_size[0]}x{self.patch_size[1]}"
+            )
+
+    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            torch.tensor(self.image_mean, device=like.device, dtype=like.dtype)[:, None, None],
+            torch.tensor(self.image_std, device=like.device, dtype=like.dtype)[:, None, None],
+        )
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
+        return {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        """(B, C, H, W) to contents (B, N, patch height * patch width * C), rows first, channels last inside a patch."""
+        pixels = batch["pixel_values"]
+        if pixels.dim() != 4 or pixels.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values: found shape {tuple(pixels.shape)}; expected (batch, {self.num_channels}, height, width)"
+            )
+        rows, columns = self.grid(*pixels.shape[2:])
+        content = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", h=rows, w=columns)
+        # Places are those of the grid of image_size; a finer or coarser grid is stretched over it.
+        own_rows, own_columns = self.grid(*self.image_size)
+        y = (torch.arange(rows, device=pixels.device) + 0.5) * (own_rows / rows) - 0.5
+        x = (torch.arange(columns, device=pixels.device) + 0.5) * (own_columns / columns) - 0.5
+        coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+        valid = torch.ones(content.shape[:2], dtype=torch.bool, device=pixels.device)
+        return Tokens(content=content, coords=coords.expand(len(pixels), -1, -1), valid=valid)
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        return self.projection(tokens.content)
+
+    def positions(self, width: int) -> nn.Module:
+        return SinCosPositions(width, axes=2, order=(1, 0))
+
+    def raw_features(self, batch: Batch) -> Tensor:
+        """The pixels."""
+        return batch["pixel_values"].flatten(1)
+
+    def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
+        if style == "random":
+            return super().hiding_order(tokens, generator, style)
+        rows, columns = self.grid(*self.image_size)
+        longest = [max(1, int(self.max_block * rows)), max(1, int(self.max_block * columns))]
+        return block_order(tokens, longest, generator)
+
+    def alter(self, tokens: Tokens, generator: torch.Generator) -> tuple[Tokens, Tensor]:
+        """Fill blocks of patches (Atito et al., GMML, 2022), here in whole patches; returns the altered tokens (B, N)."""
+        content = tokens.content
+        batch, device = len(content), content.device
+
+        def uniform() -> Tensor:
+            return torch.rand(batch, generator=generator, device=device)
+
+        if batch == 1 and (self.alteration == "patches" or self.swap_probability):
+            raise ValueError("found a batch of one image; patches of another image need at least two")
+        least, greatest = self.alteration_ratio
+        swapped = uniform() < self.swap_probability
+        ratio = torch.where(swapped, self.swap_ratio, least + (greatest - least) * uniform())
+        where = self.mask(tokens, ratio, generator, style="block").hidden
+        shift = torch.randint(1, max(batch, 2), (), generator=generator, device=device)
+        others = content[(torch.arange(batch, device=device) + shift) % batch]
+        if self.alteration == "noise":
+            filling = torch.randn(content.shape, generator=generator, device=device, dtype=content.dtype)
+        elif self.alteration == "zeros":
+            filling = torch.zeros_like(content)
+        else:
+            filling = others
+        filling = torch.where(swapped[:, None, None], others, filling)
+        altered = torch.where(where[..., None], filling, content)
+        return Tokens(altered, tokens.coords, tokens.valid, tokens.edges, tokens.sample), where
+
+    def target(self, tokens: Tokens) -> Tensor:
+        """Pixels of a patch, as they are or normalised by the patch's mean and unbiased variance."""
+        content = tokens.content.detach().float()
+        if not self.normalize_target:
+            return content
+        variance, mean = torch.var_mean(content, dim=-1, keepdim=True)
+        return (content - mean) / (variance + 1e-6).sqrt()
+
+    def content_of(self, prediction: Tensor, tokens: Tokens) -> Tensor:
+        if not self.normalize_target:
+            return prediction
+        variance, mean = torch.var_mean(tokens.content.float(), dim=-1, keepdim=True)
+        return prediction * (variance + 1e-6).sqrt() + mean
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        """The first three channels, or the first one as grey."""
+        rows, columns = (len(tokens.coords[0, :, axis].unique()) for axis in range(2))
+        height, width = self.patch_size
+        pixels = rearrange(
+            tokens.content.float(), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=height, q=width
+        )
+        mean, std = self.statistics(pixels)
+        pixels = (pixels * std + mean).clamp(0, 1)[:, : 3 if self.num_channels >= 3 else 1]
+        return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+
+    def reconstruction_head(self, width: int) -> nn.Module:
+        return nn.Linear(width, self.patch_size[0] * self.patch_size[1] * self.num_channels)
+
+    def view(self, batch: Batch, generator: torch.Generator) -> View:
+        """Crop, mirror, turn, change colours and blur, with kornia on the whole batch at once."""
+        from kornia import augmentation
+
+        pixels = batch["pixel_values"]
+        size = tuple(pixels.shape[2:])
+        steps: dict[str, nn.Module] = {}
+        if self.crop_scale != (1.0, 1.0):
+            steps["crop"] = augmentation.RandomResizedCrop(
+                size, scale=self.crop_scale, ratio=self.crop_ratio, p=1.0, cropping_mode="resample"
+            )
+        if self.horizontal_flip:
+            steps["flip"] = augmentation.RandomHorizontalFlip(p=self.horizontal_flip)
+        if self.rotation:
+            steps["rotation"] = augmentation.RandomRotation(self.rotation, p=1.0)
+        if self.color_jitter:
+            strength = self.color_jitter
+            steps["color"] = augmentation.ColorJiggle(strength, strength, strength, strength / 4, p=0.8)
+        if self.gaussian_blur:
+            kernel = max(3, min(size) // 10 | 1)  # a tenth of the side, odd (Chen et al., SimCLR, 2020)
+            steps["blur"] = augmentation.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=self.gaussian_blur)
+        if not steps:
+            return View(batch)
+        mean, std = self.statistics(pixels)
+        pixels, parameters = pixels * std + mean, {}
+        devices = [pixels.device] if pixels.is_cuda else []
+        with torch.random.fork_rng(devices=devices):  # kornia only knows the global generator
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=pixels.device)))
+            for name, step in steps.items():
+                pixels = step(pixels)
+                parameters |= {
+                    f"{name}_{key}": value for key, value in step._params.items() if len(value) == len(pixels)
+                }
+        return View({**batch, "pixel_values": (pixels - mean) / std}, parameters)
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def per_channel(value: float | Sequence[float], num_channels: int, name: str) -> tuple[float, ...]:
+    values = (float(value),) * num_channels if isinstance(value, int | float) else tuple(value)
+    if len(values) != num_channels:
+        raise ValueError(f"{name}: found {len(values)} values; expected one, or {num_channels}, one for each channel")
+    return values

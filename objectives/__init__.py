@@ -1,0 +1,1 @@
+"""Self-supervised objectives: one file each, found by the file's name."""

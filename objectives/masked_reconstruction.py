@@ -1,0 +1,199 @@
+"""Masked reconstruction: MAE, SimMIM, GMML and TERA as one objective.
+
+Hide or alter part of the tokens, encode what is left, and predict the clean content of what was hidden or altered:
+
+    loss = sum over hidden (decode(encode(corrupt(x))) - target(x)) ** p / number of hidden
+
+* He et al., "Masked autoencoders are scalable vision learners", CVPR 2022: hidden tokens are dropped before the encoder;
+  a narrow decoder gets mask tokens in their places. ``corruption="drop"``, ``mask_ratio=0.75``, ``decoder_layers=8``.
+* Xie et al., "SimMIM", CVPR 2022: hidden tokens are replaced by a mask token and a plain head reads the encoder.
+  ``corruption="replace"``, ``mask_ratio=0.6``, ``decoder_layers=0``, distance "l1".
+* Atito et al., "GMML is all you need", 2022, and Liu et al., "TERA", TASLP 2021: the content itself is altered in place, as
+  the modality does it. ``corruption="alter"``, ``decoder_layers=0``, ``head_layers=3`` and ``1``.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmssl.encoder import Encoder
+from mmssl.modalities.base import Batch, Modality
+from mmssl.modeling import MMSSLModel
+from mmssl.objectives.base import Objective, ObjectiveOutput, global_mean
+from mmssl.tokens import Mask, Tokens, gather
+
+
+@dataclass
+class Reconstruction:
+    """What masked reconstruction computes on the way to its loss.
+
+    Attributes:
+        clean: the tokens as they were.
+        seen: the tokens that the encoder read.
+        encoded: (B, K, D) its output for them.
+        prediction: (B, M, *V) what hidden or altered tokens are taken to have been.
+        where: (B, M) tokens or (B, M, *V) elements that count in the loss.
+        index: (B, M) long, the places of the predictions among the clean tokens. None: M = N, one for each.
+    """
+
+    clean: Tokens
+    seen: Tokens
+    encoded: Tensor
+    prediction: Tensor
+    where: Tensor
+    index: Tensor | None
+
+
+class MaskedReconstruction(Objective):
+    """Predict the clean content of hidden or altered tokens.
+
+    Args:
+        model: the model to train.
+        corruption: "drop" hidden tokens before the encoder, "replace" their embedding by a mask token, or "alter" their
+            content, in which case the modality's own options say how much and where.
+        mask_ratio: share of the valid tokens that is hidden, between 0 and 1. None: 0.75; with "alter" it must be None.
+        mask_style: how hidden tokens are chosen, one of the modality's ("random", "block", ...); with "alter" unused.
+        masks_per_sample: how many masks of one sample share a batch.
+        views: train on one random view of each sample in place of the sample itself.
+        decoder_layers: blocks of the decoder. 0: no decoder, the head reads the encoder.
+        decoder_hidden_size: width of the decoder.
+        decoder_attention_heads: attention heads of the decoder.
+        head_layers: hidden layers (linear, GELU) between the last block and the modality's linear head.
+        head_norm: layer norm before the modality's linear head (TERA).
+        average_layers: the encoder's output is the normalised mean of these blocks (GMML: 6 8 10 12). Empty: the last.
+    """
+
+    def __init__(
+        self,
+        model: MMSSLModel,
+        corruption: Literal["drop", "replace", "alter"] = "drop",
+        mask_ratio: float | None = None,
+        mask_style: str = "random",
+        masks_per_sample: int = 1,
+        views: bool = True,
+        decoder_layers: int = 4,
+        decoder_hidden_size: int = 128,
+        decoder_attention_heads: int = 4,
+        head_layers: int = 0,
+        head_norm: bool = False,
+        average_layers: Sequence[int] = (),
+    ):
+        super().__init__(model)
+        if corruption == "alter":
+            self.require("alter", "corruption='alter'", "corruption='drop' or 'replace'")
+            if mask_ratio is not None:
+                raise ValueError(
+                    "mask_ratio has no meaning with corruption='alter'; set how much is altered in the modality's options"
+                )
+        elif mask_ratio is not None and not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio: found {mask_ratio}; expected a share between 0 and 1, both excluded")
+        if corruption == "drop" and not decoder_layers:
+            raise ValueError(
+                "corruption='drop' needs a decoder to put dropped tokens back; set decoder_layers to 1 or more"
+            )
+        if views:
+            self.require("view", "views=True", "views=False")
+        depth = model.config.num_hidden_layers
+        if any(not 1 <= number <= depth for number in average_layers):
+            raise ValueError(f"average_layers: found {list(average_layers)}; the encoder has blocks 1 to {depth}")
+        if average_layers and model.config.norm_position == "post":
+            raise ValueError(
+                "average_layers: blocks of a post-norm encoder are normalised already; use norm_position='pre'"
+            )
+        self.corruption, self.mask_style = corruption, mask_style
+        self.mask_ratio = 0.75 if mask_ratio is None and corruption != "alter" else mask_ratio
+        self.masks_per_sample, self.views = masks_per_sample, views
+        self.decoder_layers, self.decoder_hidden_size = decoder_layers, decoder_hidden_size
+        self.decoder_attention_heads = decoder_attention_heads
+        self.head_layers, self.head_norm = head_layers, head_norm
+        self.average_layers = tuple(average_layers)
+
+        config = copy.deepcopy(model.config)
+        width = config.hidden_size
+        if corruption == "replace":
+            self.mask_token = nn.Parameter(torch.zeros(width))
+        if decoder_layers:
+            self.decoder_input = nn.Linear(width, decoder_hidden_size)
+            config.hidden_size, config.num_hidden_layers = decoder_hidden_size, decoder_layers
+            config.num_attention_heads, config.intermediate_size = decoder_attention_heads, None
+            config.class_token, config.num_register_tokens, config.drop_path_rate = False, 0, 0.0
+            self.decoder = Encoder(config)
+            if corruption == "drop":
+                self.decoder_mask_token = nn.Parameter(torch.zeros(decoder_hidden_size))
+            self.decoder_positions = nn.ModuleDict(
+                {name: modality.positions(decoder_hidden_size) for name, modality in model.modalities.items()}
+            )
+            width = decoder_hidden_size
+        layers: list[nn.Module] = []
+        for _ in range(head_layers):
+            layers += [nn.Linear(width, width), nn.GELU()]
+        if head_norm:
+            layers.append(nn.LayerNorm(width, eps=config.layer_norm_eps))
+        self.head = nn.Sequential(*layers)
+        self.reconstruction_heads = nn.ModuleDict(
+            {name: modality.reconstruction_head(width) for name, modality in model.modalities.items()}
+        )
+        self.init_heads(model.config)
+        for name in ("mask_token", "decoder_mask_token"):
+            if hasattr(self, name):
+                nn.init.normal_(getattr(self, name), std=model.config.initializer_range)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
+        modality = self.model.modality_of(batch)
+        if self.views:
+            batch = modality.view(batch, generator).batch
+        out = self.reconstruct(modality, modality.tokenize(batch).repeat(self.masks_per_sample), generator)
+        target = modality.target(out.clean)
+        if out.index is not None:
+            target = gather(target, out.index)
+        loss, weight = modality.reconstruction_loss(out.prediction, target, out.where)
+        return ObjectiveOutput(loss=global_mean(loss, weight), embedding=out.seen.pool(out.encoded).detach())
+
+    def reconstruct(self, modality: Modality, clean: Tokens, generator: torch.Generator) -> "Reconstruction":
+        """Corrupt, encode, decode and predict."""
+        index = None
+        if self.corruption == "alter":
+            seen, where = modality.alter(clean, generator)
+            encoded = self.encode(modality, seen)
+            decoded = self.decode(modality, clean, encoded)
+        else:
+            mask = modality.mask(clean, self.mask_ratio, generator, self.mask_style)
+            if self.corruption == "drop":
+                seen = clean.select(mask.visible_index, mask.visible_valid)
+                encoded = self.encode(modality, seen)
+                decoded = self.decode(modality, clean, encoded, mask)
+            else:
+                seen = clean
+                content = modality.embed(clean)
+                content = torch.where(mask.hidden[..., None], self.mask_token.to(content.dtype), content)
+                encoded = self.encode(modality, clean, content)
+                decoded = self.decode(modality, clean, encoded)
+            # Only hidden tokens are predicted.
+            index, where = mask.hidden_index, mask.hidden_valid
+            decoded = gather(decoded, index)
+        prediction = self.reconstruction_heads[modality.name](self.head(decoded))
+        return Reconstruction(clean, seen, encoded, prediction, where, index)
+
+    def encode(self, modality: Modality, seen: Tokens, content: Tensor | None = None) -> Tensor:
+        """Output of the encoder for the tokens it sees, (B, N, D)."""
+        out = self.model.encode(modality, seen, content, self.average_layers)
+        if not self.average_layers:
+            return out.tokens
+        return self.model.encoder.norm(torch.stack(out.layers).mean(dim=0))
+
+    def decode(self, modality: Modality, clean: Tokens, encoded: Tensor, mask: Mask | None = None) -> Tensor:
+        """All tokens after the decoder, (B, N, width): the encoded ones, and mask tokens where ``mask`` has hidden some."""
+        if not self.decoder_layers:
+            return encoded
+        content = self.decoder_input(encoded)
+        if mask is not None:
+            token = self.decoder_mask_token.to(content.dtype)
+            content = torch.where(mask.visible_valid[..., None], content, token)
+            index = mask.visible_index[..., None].expand_as(content)
+            content = token.expand(*clean.valid.shape, -1).scatter(1, index, content)
+        position = self.decoder_positions[modality.name](clean.coords)
+        return self.decoder(content, position, clean.valid, clean.edges).tokens
