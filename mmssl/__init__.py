@@ -1,7 +1,7 @@
 """mmssl: self-supervised pretraining of transformer encoders on unlabelled data of any modality.
 
-After ``import mmssl``, ``AutoConfig``, ``AutoModel``, ``AutoProcessor`` and ``AutoFeatureExtractor`` of transformers load
-its checkpoints.
+After ``import mmssl``, ``AutoConfig``, ``AutoModel``, ``AutoProcessor`` and ``AutoFeatureExtractor`` of transformers
+load its checkpoints.
 """
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor

@@ -1,13 +1,14 @@
 """The shared transformer encoder: reads embedded tokens of any modality, with padding and with edges.
 
-Pre-norm blocks (Dosovitskiy et al., ViT, 2021) or post-norm blocks (Devlin et al., BERT, 2019), with class and register
-tokens (Darcet et al., 2024), stochastic depth (Huang et al., 2016) and LayerScale (Touvron et al., CaiT, 2021). Attention
-goes through transformers' attention interface, so that eager, sdpa, flash and flex attention are chosen by name.
+Pre-norm blocks (Dosovitskiy et al., ViT, 2021) or post-norm blocks (Devlin et al., BERT, 2019), with class and
+register tokens (Darcet et al., 2024), stochastic depth (Huang et al., 2016) and LayerScale (Touvron et al., CaiT,
+2021). Attention goes through transformers' attention interface, so that eager, sdpa, flash and flex attention are
+chosen by name.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -129,10 +130,10 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    def __init__(self, config: EncoderConfig):
+    def __init__(self, width: int, start: float):
         super().__init__()
-        self.start = config.layer_scale_init
-        self.scale = nn.Parameter(torch.full((config.hidden_size,), self.start))
+        self.start = start
+        self.scale = nn.Parameter(torch.full((width,), start))
 
     def forward(self, branch: Tensor) -> Tensor:
         return branch * self.scale
@@ -160,9 +161,9 @@ class EncoderLayer(GradientCheckpointingLayer):
         self.attention = Attention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
-        scaled = config.layer_scale_init is not None
-        self.scale1 = LayerScale(config) if scaled else nn.Identity()
-        self.scale2 = LayerScale(config) if scaled else nn.Identity()
+        width, start = config.hidden_size, config.layer_scale_init
+        self.scale1 = nn.Identity() if start is None else LayerScale(width, start)
+        self.scale2 = nn.Identity() if start is None else LayerScale(width, start)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path)
 
@@ -233,12 +234,12 @@ class Encoder(nn.Module):
             hidden = self.norm(hidden)
         return EncoderOutput(tokens=hidden[:, prefix:], prefix=hidden[:, :prefix], layers=layers)
 
-    def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None) -> Tensor | None:
+    def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None) -> Any:
         """What the chosen attention function wants; None where everything may attend to everything."""
         prefix = self.num_prefix_tokens
         if edges is None:
             padded = nn.functional.pad(valid, (prefix, 0), value=True)
-            return create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=padded)
+            return create_bidirectional_mask(config=cast(Any, self.config), inputs_embeds=hidden, attention_mask=padded)
         batch, length = valid.shape
         source, target = edges
         allowed = torch.zeros(batch, length, length, dtype=torch.bool, device=valid.device)
@@ -250,7 +251,7 @@ class Encoder(nn.Module):
 
 
 def init_weights(module: nn.Module, config: EncoderConfig) -> None:
-    """Start values of one module's own parameters; skips what a checkpoint has filled. Used for models and for heads."""
+    """Start values of one module's own parameters, for models and heads; skips what a checkpoint has filled."""
     if isinstance(module, nn.Linear):
         if config.initializer == "xavier_uniform":
             init.xavier_uniform_(module.weight)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ class MMSSLModel(PreTrainedModel):
                 for name, options in config.modalities.items()
             }
         )
-        self.main_input_name = next(iter(self.modalities.values())).inputs[0]
+        self.main_input_name = next(iter(self.adapters.values())).inputs[0]
         self.encoder = Encoder(config)
         self.post_init()
 
@@ -100,12 +100,17 @@ class MMSSLModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config)
 
+    @property
+    def adapters(self) -> dict[str, Modality]:
+        """The modalities by their names."""
+        return cast(dict[str, Modality], dict(self.modalities.items()))
+
     def modality_of(self, batch: Batch) -> Modality:
         """The modality whose tensors these are."""
-        for modality in self.modalities.values():
+        for modality in self.adapters.values():
             if set(batch) == set(modality.inputs):
                 return modality
-        expected = " or ".join(str(list(modality.inputs)) for modality in self.modalities.values())
+        expected = " or ".join(str(list(modality.inputs)) for modality in self.adapters.values())
         raise ValueError(f"found inputs {sorted(batch)}; expected {expected}, as the processor returns them")
 
     def encode(

@@ -8,8 +8,9 @@ class SinCosPositions(nn.Module):
     """Fixed sine-cosine embedding of any number of axes (Vaswani et al., 2017; its 2-D form: He et al., MAE, 2022).
 
     The width is shared out equally among the axes. For each axis the first half of its share is
-    ``sin(coordinate / temperature ** (k / n))`` for k = 0..n-1, the second half the cosine. Computed from the coordinates
-    at each call, so any grid, any fractional place and any number of tokens will do, and there is no table to store.
+    ``sin(coordinate / temperature ** (k / n))`` for k = 0..n-1, the second half the cosine. Computed from the
+    coordinates at each call, so any grid, any fractional place and any number of tokens will do, and there is no table
+    to store.
 
     Args:
         width: size of the embedding; a multiple of ``2 * axes``.

@@ -19,7 +19,7 @@ class Tokens:
         valid: (B, N) bool, False for padding, which is never attended to, never hidden and never a target.
         edges: (2, E) long, optional: token ``edges[0]`` may be read by token ``edges[1]``, both as flat indices
             ``row * N + position``. None: all valid tokens of a row read each other.
-        sample: (B,) long, optional: the sample each row belongs to, where a sample has several rows. None: row = sample.
+        sample: (B,) long, optional: the sample each row belongs to, where one has several rows. None: row = sample.
     """
 
     content: Tensor

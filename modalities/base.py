@@ -151,8 +151,8 @@ class Modality(nn.Module):
             where: (B, N) tokens or (B, N, *V) elements that count.
 
         Returns:
-            loss (B, N), the mean over the elements that count; weight (B, N), the number of things that count: tokens
-            or elements. The loss of a batch is ``(loss * weight).sum() / weight.sum()``.
+            loss (B, N), the mean over the elements that count; weight (B, N), the number of tokens or elements that
+            count. The loss of a batch is ``(loss * weight).sum() / weight.sum()``.
         """
         difference = prediction.float() - target.float()
         error = (difference.abs() if self.distance == "l1" else difference.square()).flatten(2)
@@ -166,8 +166,8 @@ class Modality(nn.Module):
 def block_order(tokens: Tokens, longest: Sequence[int], generator: torch.Generator, blocks: int = 128) -> Tensor:
     """Hiding order (B, N) by blocks: random boxes are laid one after the other and hide what they cover.
 
-    Each box begins at a random place of the row's extent and has sides drawn from 1 to ``longest`` (one per axis), cut at
-    the border (Atito et al., GMML, 2022). What one box covers first is hidden before what the next one covers.
+    Each box begins at a random place of the row's extent and has sides drawn from 1 to ``longest`` (one per axis),
+    cut at the border (Atito et al., GMML, 2022). What one box covers is hidden before what the next one covers.
     """
     coords, valid = tokens.coords, tokens.valid[..., None]
     low = coords.masked_fill(~valid, torch.inf).amin(dim=1)[:, None]  # (B, 1, P)

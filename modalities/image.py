@@ -3,7 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from mmssl.modalities.base import Batch, Modality, View, block_order
 from mmssl.positions import SinCosPositions
 from mmssl.tokens import Tokens
 
+T = TypeVar("T", int, float)
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -82,9 +83,9 @@ class Image(Modality):
         self.image_mean = per_channel(default_mean if image_mean is None else image_mean, num_channels, "image_mean")
         self.image_std = per_channel(default_std if image_std is None else image_std, num_channels, "image_std")
         self.normalize_target, self.distance = normalize_target, distance
-        self.alteration, self.alteration_ratio = alteration, tuple(alteration_ratio)
+        self.alteration, self.alteration_ratio = alteration, pair(alteration_ratio)
         self.swap_probability, self.swap_ratio, self.max_block = swap_probability, swap_ratio, max_block
-        self.crop_scale, self.crop_ratio = tuple(crop_scale), tuple(crop_ratio)
+        self.crop_scale, self.crop_ratio = pair(crop_scale), pair(crop_ratio)
         self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
         self.gaussian_blur, self.rotation = gaussian_blur, rotation
         self.grid(*self.image_size)
@@ -225,7 +226,7 @@ class Image(Modality):
         return block_order(tokens, longest, generator)
 
     def alter(self, tokens: Tokens, generator: torch.Generator) -> tuple[Tokens, Tensor]:
-        """Fill blocks of patches (Atito et al., GMML, 2022), here in whole patches; returns the altered tokens (B, N)."""
+        """Fill blocks of whole patches (Atito et al., GMML, 2022); returns which tokens (B, N) were altered."""
         content = tokens.content
         batch, device = len(content), content.device
 
@@ -283,8 +284,8 @@ class Image(Modality):
         from kornia import augmentation
 
         pixels = batch["pixel_values"]
-        size = tuple(pixels.shape[2:])
-        steps: dict[str, nn.Module] = {}
+        size = (pixels.shape[2], pixels.shape[3])
+        steps: dict[str, Any] = {}
         if self.crop_scale != (1.0, 1.0):
             steps["crop"] = augmentation.RandomResizedCrop(
                 size, scale=self.crop_scale, ratio=self.crop_ratio, p=1.0, cropping_mode="resample"
@@ -302,7 +303,8 @@ class Image(Modality):
         if not steps:
             return View(batch)
         mean, std = self.statistics(pixels)
-        pixels, parameters = pixels * std + mean, {}
+        pixels = pixels * std + mean
+        parameters: dict[str, Tensor] = {}
         devices = [pixels.device] if pixels.is_cuda else []
         with torch.random.fork_rng(devices=devices):  # kornia only knows the global generator
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=pixels.device)))
@@ -314,9 +316,9 @@ class Image(Modality):
         return View({**batch, "pixel_values": (pixels - mean) / std}, parameters)
 
 
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+def pair(value: T | Sequence[T]) -> tuple[T, T]:
+    first, second = value if isinstance(value, Sequence) else (value, value)
+    return first, second
 
 
 def per_channel(value: float | Sequence[float], num_channels: int, name: str) -> tuple[float, ...]:

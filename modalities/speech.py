@@ -161,7 +161,7 @@ class Speech(Modality):
         return mel, valid
 
     def tokenize(self, batch: Batch) -> Tokens:
-        """(B, samples) to contents (B, N, F): log-mel frames less their mean, over their unbiased standard deviation."""
+        """(B, samples) to contents (B, N, F): log-mel frames, normalised by mean and unbiased standard deviation."""
         mel, valid = self.log_mel(batch)
         keep, count = valid[..., None].float(), valid.sum(dim=1)[:, None, None]
         centred = (mel - (mel * keep).sum(dim=1, keepdim=True) / count) * keep
@@ -200,7 +200,7 @@ class Speech(Modality):
         Magnitude: noise on the whole batch, with ``noise_probability``; alone, all elements count as altered.
         """
         content, valid = tokens.content, tokens.valid
-        (batch, frames, channels), device = content.shape, content.device
+        (batch, _, channels), device = content.shape, content.device
 
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=device)
@@ -254,7 +254,7 @@ class Speech(Modality):
         return where, source.minimum(length - 1).clamp(min=0)
 
     def picture(self, tokens: Tokens) -> Tensor:
-        """Spectrograms, time to the right and low frequencies below: grey, from three deviations below the mean to above."""
+        """Spectrograms in grey, time to the right, low frequencies below; black and white are 3 deviations away."""
         shades = (tokens.content.float() / 6 + 0.5).clamp(0, 1).masked_fill(~tokens.valid[..., None], torch.nan)
         return shades.transpose(1, 2).flip(1)[..., None].expand(-1, -1, -1, 3)
 

@@ -36,7 +36,7 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
-        """The loss of one batch; all randomness but dropout is drawn from ``generator``, on the batch's device."""
+        """The loss of one batch; all randomness but dropout's is drawn from ``generator``, on the batch's device."""
         raise NotImplementedError
 
     def after_step(self, progress: float) -> None:
@@ -44,11 +44,11 @@ class Objective(nn.Module):
 
     def require(self, method: str, why: str, instead: str) -> None:
         """Refuse, when the objective is built, a modality that does not offer an optional method."""
-        for modality in self.model.modalities.values():
+        for modality in self.model.adapters.values():
             if not modality.offers(method):
                 raise ValueError(
-                    f"{type(self).__name__} with {why} needs a modality with {method!r}, which {modality.name} does not "
-                    f"offer; what works: {instead}"
+                    f"{type(self).__name__} with {why} needs a modality with {method!r}, which {modality.name} does "
+                    f"not offer; what works: {instead}"
                 )
 
     def init_heads(self, config: EncoderConfig) -> None:

@@ -4,12 +4,13 @@ Hide or alter part of the tokens, encode what is left, and predict the clean con
 
     loss = sum over hidden (decode(encode(corrupt(x))) - target(x)) ** p / number of hidden
 
-* He et al., "Masked autoencoders are scalable vision learners", CVPR 2022: hidden tokens are dropped before the encoder;
-  a narrow decoder gets mask tokens in their places. ``corruption="drop"``, ``mask_ratio=0.75``, ``decoder_layers=8``.
+* He et al., "Masked autoencoders are scalable vision learners", CVPR 2022: hidden tokens are dropped before the
+  encoder; a narrow decoder gets mask tokens in their places. ``corruption="drop"``, ``mask_ratio=0.75``,
+  ``decoder_layers=8``.
 * Xie et al., "SimMIM", CVPR 2022: hidden tokens are replaced by a mask token and a plain head reads the encoder.
   ``corruption="replace"``, ``mask_ratio=0.6``, ``decoder_layers=0``, distance "l1".
-* Atito et al., "GMML is all you need", 2022, and Liu et al., "TERA", TASLP 2021: the content itself is altered in place, as
-  the modality does it. ``corruption="alter"``, ``decoder_layers=0``, ``head_layers=3`` and ``1``.
+* Atito et al., "GMML is all you need", 2022, and Liu et al., "TERA", TASLP 2021: the content itself is altered in
+  place, as the modality does it. ``corruption="alter"``, ``decoder_layers=0``, ``head_layers=3`` and ``1``.
 """
 
 import copy
@@ -87,7 +88,7 @@ class MaskedReconstruction(Objective):
             self.require("alter", "corruption='alter'", "corruption='drop' or 'replace'")
             if mask_ratio is not None:
                 raise ValueError(
-                    "mask_ratio has no meaning with corruption='alter'; set how much is altered in the modality's options"
+                    "mask_ratio has no meaning with corruption='alter': the modality's options say how much"
                 )
         elif mask_ratio is not None and not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio: found {mask_ratio}; expected a share between 0 and 1, both excluded")
@@ -105,7 +106,7 @@ class MaskedReconstruction(Objective):
                 "average_layers: blocks of a post-norm encoder are normalised already; use norm_position='pre'"
             )
         self.corruption, self.mask_style = corruption, mask_style
-        self.mask_ratio = 0.75 if mask_ratio is None and corruption != "alter" else mask_ratio
+        self.mask_ratio = mask_ratio
         self.masks_per_sample, self.views = masks_per_sample, views
         self.decoder_layers, self.decoder_hidden_size = decoder_layers, decoder_hidden_size
         self.decoder_attention_heads = decoder_attention_heads
@@ -125,7 +126,7 @@ class MaskedReconstruction(Objective):
             if corruption == "drop":
                 self.decoder_mask_token = nn.Parameter(torch.zeros(decoder_hidden_size))
             self.decoder_positions = nn.ModuleDict(
-                {name: modality.positions(decoder_hidden_size) for name, modality in model.modalities.items()}
+                {name: modality.positions(decoder_hidden_size) for name, modality in model.adapters.items()}
             )
             width = decoder_hidden_size
         layers: list[nn.Module] = []
@@ -135,7 +136,7 @@ class MaskedReconstruction(Objective):
             layers.append(nn.LayerNorm(width, eps=config.layer_norm_eps))
         self.head = nn.Sequential(*layers)
         self.reconstruction_heads = nn.ModuleDict(
-            {name: modality.reconstruction_head(width) for name, modality in model.modalities.items()}
+            {name: modality.reconstruction_head(width) for name, modality in model.adapters.items()}
         )
         self.init_heads(model.config)
         for name in ("mask_token", "decoder_mask_token"):
@@ -161,7 +162,8 @@ class MaskedReconstruction(Objective):
             encoded = self.encode(modality, seen)
             decoded = self.decode(modality, clean, encoded)
         else:
-            mask = modality.mask(clean, self.mask_ratio, generator, self.mask_style)
+            ratio = 0.75 if self.mask_ratio is None else self.mask_ratio
+            mask = modality.mask(clean, ratio, generator, self.mask_style)
             if self.corruption == "drop":
                 seen = clean.select(mask.visible_index, mask.visible_valid)
                 encoded = self.encode(modality, seen)
@@ -186,7 +188,7 @@ class MaskedReconstruction(Objective):
         return self.model.encoder.norm(torch.stack(out.layers).mean(dim=0))
 
     def decode(self, modality: Modality, clean: Tokens, encoded: Tensor, mask: Mask | None = None) -> Tensor:
-        """All tokens after the decoder, (B, N, width): the encoded ones, and mask tokens where ``mask`` has hidden some."""
+        """All tokens after the decoder, (B, N, width); mask tokens stand in where ``mask`` has hidden some."""
         if not self.decoder_layers:
             return encoded
         content = self.decoder_input(encoded)

@@ -1,14 +1,14 @@
 """Prepared samples for a DataLoader: what runs in the workers."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmssl.data.sources import Samples
-from mmssl.modalities.base import Batch, Modality
+from mmssl.modalities.base import Modality
 
 
 class PreparedSamples(Dataset):
@@ -41,7 +41,7 @@ class PreparedSamples(Dataset):
                 failed.append(position)
         raise ValueError(f"none of {len(self)} samples could be read; the last was {self.samples.name(failed[-1])}")
 
-    def collate(self, items: Sequence[tuple[dict[str, Tensor], list[int]]]) -> dict[str, Batch | Tensor]:
+    def collate(self, items: Sequence[tuple[dict[str, Tensor], list[int]]]) -> dict[str, Any]:
         """The modality's batch as "inputs", and the positions of unreadable samples as "failed"."""
         failed = [position for _, positions in items for position in positions]
         return {

@@ -23,10 +23,10 @@ class DataArguments:
         config_name: configuration of a data set on the Hub.
         split: split of a data set on the Hub or of one that the packages bring.
         column: column of a table that holds the samples. None: the first of the modality's usual names.
-        label_column: column of a table that holds the labels, for probes only. None: "label" or "labels" if there is one.
-        filter: keep only the rows of a table that fulfil "COLUMN=VALUE" or "COLUMN!=VALUE".
+        label_column: column of a table that holds the labels, for probes only. None: "label" or "labels", if any.
+        filter: keep only the rows of a table with "COLUMN=VALUE" or "COLUMN!=VALUE".
         max_samples: keep only the first so many. None: all.
-        on_error: what to do with a sample that cannot be read: "raise", or "skip" it, take the next one, and count it.
+        on_error: what to do with an unreadable sample: "raise", or "skip" it, take the next one, and count it.
     """
 
     source: str | None = None
@@ -74,13 +74,13 @@ class Selected(Sequence):
     """A sequence seen through a list of positions."""
 
     values: Sequence[Any]
-    index: np.ndarray
+    positions: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.positions)
 
     def __getitem__(self, i):
-        return self.values[int(self.index[i])]
+        return self.values[int(self.positions[i])]
 
 
 def load_samples(arguments: DataArguments, modality: Modality) -> Samples:

@@ -3,5 +3,6 @@
 from mmssl.evaluation.evaluate import Score, evaluate, print_scores
 from mmssl.evaluation.pictures import draw_reconstructions
 from mmssl.evaluation.protocols import PROTOCOLS
+from mmssl.evaluation.report import report
 
-__all__ = ["PROTOCOLS", "Score", "draw_reconstructions", "evaluate", "print_scores"]
+__all__ = ["PROTOCOLS", "Score", "draw_reconstructions", "evaluate", "print_scores", "report"]

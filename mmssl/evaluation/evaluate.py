@@ -1,9 +1,7 @@
 """Score checkpoints beside raw features and untrained encoders, on the same probe."""
 
 import copy
-import json
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 from transformers import AutoModel
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
 from mmssl.data.sources import BUILTIN
 from mmssl.evaluation.features import extract, pooled
 from mmssl.evaluation.protocols import PROTOCOLS
-from mmssl.modalities.base import Modality
+from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
 
 
@@ -64,27 +63,28 @@ def evaluate(
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {', '.join(PROTOCOLS)}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [load_model(checkpoint).to(device) for checkpoint in checkpoints]
-    names = list(models[0].modalities)
+    models = [load_model(checkpoint) for checkpoint in checkpoints]
+    for model in models:
+        torch.nn.Module.to(model, device)
+    names = list(models[0].adapters)
     if modality is None and len(names) > 1:
         raise ValueError(f"modality: the model has {', '.join(names)}; say which one the data are of")
-    adapter: Modality = models[0].modalities[modality or names[0]]
+    adapter = models[0].adapters[modality or names[0]]
     train_samples, test_samples = labelled_pair(data, test, adapter)
     train_set, test_set = PreparedSamples(train_samples, adapter), PreparedSamples(test_samples, adapter)
 
+    labels, test_labels = check_labels(train_samples, "data"), check_labels(test_samples, "test")
     untrained = [fresh(model, seed) for seed, model in enumerate(models)]
-    rows = {
+    rows: dict[str, list[Callable[[Batch], Tensor]]] = {
         "raw": [adapter.raw_features],
-        "untrained": [pooled(model.to(device)) for model in untrained],
+        "untrained": [pooled(model) for model in untrained],
         "pretrained": [pooled(model) for model in models],
     }
     scores = []
     for row, extractors in rows.items():
         pairs = [(extract(train_set, each, device), extract(test_set, each, device)) for each in extractors]
         for protocol in protocols:
-            values = [
-                PROTOCOLS[protocol](fit, train_samples.labels, held_out, test_samples.labels) for fit, held_out in pairs
-            ]
+            values = [PROTOCOLS[protocol](fit, labels, held_out, test_labels) for fit, held_out in pairs]
             scores.append(Score(protocol, row, values, len(train_samples), len(test_samples)))
     return scores
 
@@ -104,7 +104,7 @@ def load_model(checkpoint: str | Path) -> MMSSLModel:
 
 def fresh(model: MMSSLModel, seed: int) -> MMSSLModel:
     """The same architecture with start values of another seed."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), model.device:
         torch.manual_seed(seed)
         return MMSSLModel(copy.deepcopy(model.config))
 
@@ -117,27 +117,27 @@ def labelled_pair(data: DataArguments, test: DataArguments | None, modality: Mod
     elif data.source in BUILTIN and data.split == "train":
         test_samples = load_samples(replace(data, split="test"), modality)
     else:
-        check_labels(train_samples, "data")
-        fit, held_out = train_test_split(
-            np.arange(len(train_samples)), test_size=0.2, random_state=0, stratify=train_samples.labels
-        )
+        labels = check_labels(train_samples, "data")
+        fit, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
         train_samples, test_samples = train_samples.select(fit), train_samples.select(held_out)
     check_labels(train_samples, "data")
-    check_labels(test_samples, "test")
+    labels = check_labels(test_samples, "test")
     if missing := set(test_samples.classes) - set(train_samples.classes):
         raise ValueError(f"test: classes {', '.join(sorted(missing)[:10])} do not occur in the training data")
     position = {name: number for number, name in enumerate(train_samples.classes)}
-    test_samples.labels = np.array([position[test_samples.classes[label]] for label in test_samples.labels])
+    test_samples.labels = np.array([position[test_samples.classes[label]] for label in labels])
     return train_samples, test_samples
 
 
-def check_labels(samples: Samples, name: str) -> None:
+def check_labels(samples: Samples, name: str) -> np.ndarray:
+    """The labels; a clear error where there are none or of one class."""
     if samples.labels is None:
         raise ValueError(
             f"{name}: found no labels; expected a folder with a sub-folder for each class, or a label_column"
         )
     if len(np.unique(samples.labels)) < 2:
         raise ValueError(f"{name}: found one class only; a probe needs at least two")
+    return samples.labels
 
 
 def print_scores(scores: Sequence[Score], title: str) -> None:

@@ -60,8 +60,8 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path:
         return folders[-1]
     if not (Path(resume) / RECORD).is_file():
         raise ValueError(
-            f"resume_from_checkpoint: {resume} is no checkpoint (it has no {RECORD}); expected a folder step_<n> of a run, "
-            "or 'latest'"
+            f"resume_from_checkpoint: {resume} is no checkpoint (it has no {RECORD}); expected a folder step_<n> "
+            "of a run, or 'latest'"
         )
     return Path(resume)
 

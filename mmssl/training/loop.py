@@ -56,9 +56,9 @@ class Progress:
 def pretrain(
     modality: Modality,
     objective: Callable[[MMSSLModel], Objective],
-    encoder: EncoderConfig | None = None,
-    data: DataArguments | None = None,
-    train: TrainArguments | None = None,
+    encoder: EncoderConfig = EncoderConfig(),
+    data: DataArguments = DataArguments(),
+    train: TrainArguments = TrainArguments(),
 ) -> Path:
     """Pretrain an encoder; start with ``accelerate launch`` for several processes or mixed precision.
 
@@ -72,7 +72,6 @@ def pretrain(
     Returns:
         The folder of the run, which ``AutoModel.from_pretrained`` and ``AutoProcessor.from_pretrained`` load.
     """
-    encoder, data, train = encoder or EncoderConfig(), data or DataArguments(), train or TrainArguments()
     output_dir = Path(train.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -171,7 +170,7 @@ def run_steps(
     micro_losses: list[torch.Tensor] = []
 
     while progress.step < total_steps:
-        batches = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
+        batches: Any = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
         batches.set_epoch(progress.epoch)
         asked = time.perf_counter()
         for batch in batches:
@@ -194,9 +193,9 @@ def run_steps(
             with accelerator.accumulate(module):
                 out = module(batch["inputs"], generator)
                 accelerator.backward(out.loss)
-                norm = None
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(module.parameters(), train.max_grad_norm or math.inf)
+                    limit = train.max_grad_norm or math.inf  # the norm is logged, clipped or not
+                    norm = float(accelerator.clip_grad_norm_(module.parameters(), limit) or 0.0)
                 optimizer.step()
                 optimizer.zero_grad()
             micro_losses.append(out.loss.detach())
@@ -212,7 +211,7 @@ def run_steps(
                         "epoch": progress.epoch + progress.batch / len(loader),
                         "loss": loss,
                         "learning_rate": rate,
-                        "grad_norm": float(norm),
+                        "grad_norm": norm,
                         **{name: value.item() for name, value in out.metrics.items()},
                         "samples_per_second": window_steps * batch_size / elapsed,
                         "data_wait": waited / elapsed,
@@ -253,8 +252,8 @@ def check_output_dir(output_dir: Path, train: TrainArguments) -> None:
         return
     if not train.overwrite_output_dir:
         raise ValueError(
-            f"output_dir: {output_dir} holds another run; resume it with --train.resume_from_checkpoint latest, delete it "
-            "with --train.overwrite_output_dir true, or choose another folder"
+            f"output_dir: {output_dir} holds another run; resume it with --train.resume_from_checkpoint latest, "
+            "delete it with --train.overwrite_output_dir true, or choose another folder"
         )
     shutil.rmtree(output_dir, ignore_errors=True)  # every process may try
 
@@ -286,7 +285,8 @@ def count_steps(batches_per_epoch: int, train: TrainArguments) -> int:
 
 def make_optimizer(module: nn.Module, train: TrainArguments) -> torch.optim.AdamW:
     """AdamW; only weight matrices decay. Learned tokens are told by their names, as some have more than one axis."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (others if parameter.ndim <= 1 or "token" in name.rpartition(".")[2] else decayed).append(parameter)

@@ -1,0 +1,94 @@
+"""Pretrain a recipe with several seeds, probe it beside raw features and untrained encoders, record the scores.
+
+    python benchmarks/accuracy.py --config examples/recipes/mae_digits.yaml --name digits
+    python benchmarks/accuracy.py --config examples/recipes/mae_cifar10.yaml --name cifar10 \
+        --data "$MMSSL_DATA/images/cifar10_jpg/train.parquet" \
+        --probe.source "$MMSSL_DATA/images/cifar10_jpg/train.parquet" --probe.max_samples 10000 \
+        --test.source "$MMSSL_DATA/images/cifar10_jpg/test.parquet" --test.max_samples 2000
+
+Other flags are those of ``mmssl pretrain``. Scores are appended to docs/results.jsonl; then make docs/results.md anew
+with ``python benchmarks/results.py``.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jsonargparse import ArgumentParser, Namespace
+
+from mmssl.cli import parse_pretrain, with_source
+from mmssl.data import DataArguments
+from mmssl.evaluation import PROTOCOLS, evaluate, print_scores
+from mmssl.training import pretrain
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results.jsonl"
+
+
+def parse() -> tuple[Namespace, list[str]]:
+    """Our own flags, and the rest, which are pretraining's."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--name", type=str, required=True, help="Plain name of the data: digits, cifar10, ...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS))
+    parser.add_class_arguments(DataArguments, "probe", help="Labelled samples for the probes. Default: the data.")
+    parser.add_class_arguments(DataArguments, "test")
+    return parser.parse_known_args(with_source(sys.argv[1:]))
+
+
+def main() -> None:
+    own, rest = parse()
+    config = Namespace(own)
+    runs = []
+    for seed in config.seeds:
+        arguments = parse_pretrain([*rest, "--train.seed", str(seed)])
+        folder = Path(arguments["train"].output_dir) / f"seed{seed}"
+        arguments["train"] = replace(arguments["train"], output_dir=str(folder))
+        runs.append(folder if (folder / "objective.safetensors").is_file() else pretrain(**arguments))
+    probe = DataArguments(**vars(config.probe)) if config.probe.source else arguments["data"]
+    scores = evaluate(runs, probe, DataArguments(**vars(config.test)), config.protocol)
+    print_scores(scores, title=config.name)
+
+    record = json.loads((runs[-1] / "run.json").read_text())
+    minutes = [json.loads((run / "run.json").read_text())["minutes"] for run in runs]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    with RESULTS.open("a") as file:
+        for score in scores:
+            line = {
+                "modality": next(iter(record["modality"])),
+                "data": config.name,
+                "objective": next(iter(record["objective"])),
+                "recipe": Path(rest[rest.index("--config") + 1]).stem,
+                "protocol": score.protocol,
+                "row": score.row,
+                "metric": "accuracy",
+                "mean": round(float(np.mean(score.values)), 4),
+                "std": round(float(np.std(score.values, ddof=1)), 4) if len(score.values) > 1 else None,
+                "seeds": len(score.values),
+                "n_train": score.n_train,
+                "n_test": score.n_test,
+                "steps": record["steps"],
+                "minutes": round(float(np.mean(minutes)), 1),
+                "device": record["device"],
+                "command": command(),
+                "commit": commit.stdout.strip(),
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+def command() -> str:
+    """The command line, with the folder of the data as the variable that users set."""
+    data = os.environ.get("MMSSL_DATA")
+    words = ["python", "benchmarks/accuracy.py", *sys.argv[1:]]
+    text = " ".join(f"'{word}'" if set(word) & set(" *!") else word for word in words)
+    return text.replace(data.rstrip("/"), "$MMSSL_DATA") if data else text
+
+
+if __name__ == "__main__":
+    main()

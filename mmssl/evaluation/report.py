@@ -1,0 +1,33 @@
+"""What one wants to see when a run has ended."""
+
+from pathlib import Path
+
+from accelerate import PartialState
+
+from mmssl.data import DataArguments, PreparedSamples, load_samples
+from mmssl.evaluation.evaluate import evaluate, print_scores
+from mmssl.evaluation.pictures import draw_reconstructions
+from mmssl.objectives.masked_reconstruction import MaskedReconstruction
+from mmssl.training import load_objective
+
+
+def report(run: Path, data: DataArguments) -> None:
+    """Say where the model is, draw reconstructions if it makes any, and probe it if the data have labels.
+
+    Args:
+        run: folder of a finished run.
+        data: the samples to look at.
+    """
+    if not PartialState().is_main_process:
+        return
+    print(f'\nThe model is in {run}. To load it: import mmssl; AutoModel.from_pretrained("{run}")')
+    objective = load_objective(run)
+    (modality,) = objective.model.adapters.values()
+    samples = load_samples(data, modality)
+    if isinstance(objective, MaskedReconstruction):
+        few = PreparedSamples(samples, modality, data.on_error)
+        batch = few.collate([few[i] for i in range(min(8, len(few)))])["inputs"]
+        picture = draw_reconstructions(objective, batch, run / "reconstructions.png")
+        print(f"Originals, what the encoder saw of them, and reconstructions: {picture}")
+    if samples.labels is not None:
+        print_scores(evaluate([run], data), title=str(run))

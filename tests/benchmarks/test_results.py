@@ -1,0 +1,31 @@
+"""docs/results.md says what docs/results.jsonl holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FIELDS = {
+    "modality", "data", "objective", "recipe", "protocol", "row", "metric", "mean", "std", "seeds", "n_train", "n_test",
+    "steps", "minutes", "device", "command", "commit",
+}  # fmt: skip
+
+
+def test_page_agrees_with_the_measurements() -> None:
+    check = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "results.py", "--check"], capture_output=True, text=True
+    )
+    assert check.returncode == 0, check.stderr
+
+
+def test_every_measurement_is_whole_and_has_its_baselines() -> None:
+    lines = [json.loads(line) for line in (ROOT / "docs" / "results.jsonl").read_text().splitlines()]
+    assert lines
+    rows: dict[tuple[str, ...], set[str]] = {}
+    for line in lines:
+        assert set(line) == FIELDS
+        assert 0 <= line["mean"] <= 1
+        assert line["seeds"] >= 3 or line["row"] == "raw"
+        rows.setdefault((line["data"], line["recipe"], line["protocol"], line["command"]), set()).add(line["row"])
+    assert all(found == {"raw", "untrained", "pretrained"} for found in rows.values())

@@ -1,0 +1,72 @@
+"""What the matrix needs to know of each modality and each objective: a tiny one, and a few samples of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from mmssl.discovery import find_all, names
+from mmssl.modalities.base import Modality
+from mmssl.modeling import MMSSLConfig, MMSSLModel, make_modality
+from mmssl.objectives.base import Objective
+
+
+def images(count: int) -> list[Any]:
+    from sklearn.datasets import load_digits
+
+    return [image.astype(np.float32) / 16 for image in load_digits().images[:count]]
+
+
+def sounds(count: int) -> list[Any]:
+    """Chords that swell and fade, and differ in pitch and length."""
+    generator = np.random.default_rng(0)
+    clips = []
+    for number in range(count):
+        time = np.arange(1600 + 160 * number) / 8000
+        tones = [np.sin(2 * np.pi * pitch * time) for pitch in generator.uniform(200, 3000, 3)]
+        swells = [1.1 + np.sin(2 * np.pi * rate * time) for rate in generator.uniform(2, 8, 3)]
+        clips.append(np.sum(np.multiply(tones, swells), axis=0).astype(np.float32))
+    return clips
+
+
+MODALITIES: dict[str, tuple[dict[str, Any], Callable[[int], list[Any]]]] = {
+    "image": ({"image_size": 8, "patch_size": 2, "num_channels": 1, "normalize_target": False}, images),
+    "speech": (
+        {
+            "sampling_rate": 8000,
+            "num_mels": 20,
+            "n_fft": 200,
+            "win_length": 200,
+            "hop_length": 80,
+            "crop_scale": [0.8, 1],
+        },
+        sounds,
+    ),
+}
+SMALL_DECODER = {"decoder_hidden_size": 16, "decoder_attention_heads": 2}
+OBJECTIVES: dict[str, list[dict[str, Any]]] = {
+    "MaskedReconstruction": [
+        {"corruption": "drop", "decoder_layers": 1, **SMALL_DECODER},
+        {"corruption": "replace", "decoder_layers": 0, "mask_style": "block", "masks_per_sample": 2},
+        {"corruption": "alter", "decoder_layers": 1, "head_layers": 1, "head_norm": True, **SMALL_DECODER},
+    ],
+}
+CELLS = [
+    (modality, objective, options)
+    for modality in names("modalities")
+    for objective in find_all("objectives", Objective)
+    for options in OBJECTIVES.get(objective, [])
+]
+IDS = [f"{modality}-{objective}-{number}" for number, (modality, objective, _) in enumerate(CELLS)]
+
+
+def build(modality: str, objective: str, options: dict[str, Any], **config: Any) -> tuple[Objective, Modality]:
+    """A tiny objective over a tiny model, in training mode, and a modality for the data side."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "class_token": True, **config}
+    model = MMSSLModel(MMSSLConfig(modalities={modality: MODALITIES[modality][0]}, **sizes))
+    adapter = make_modality(modality, MODALITIES[modality][0])
+    return find_all("objectives", Objective)[objective](model, **options).train(), adapter
+
+
+def make_batch(adapter: Modality, count: int) -> dict[str, Any]:
+    return adapter.collate([adapter.prepare(sample) for sample in MODALITIES[adapter.name][1](count)])

@@ -1,0 +1,125 @@
+"""Every modality with every objective: what must hold whatever they are."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mmssl.discovery import find_all, names, options_of
+from mmssl.modeling import MMSSLModel
+from mmssl.objectives.base import Objective
+from tests.matrix.cases import CELLS, IDS, MODALITIES, OBJECTIVES, build, make_batch
+
+every_cell = pytest.mark.parametrize(("modality", "objective", "options"), CELLS, ids=IDS)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_matrix_knows_every_modality_and_every_objective() -> None:
+    assert set(MODALITIES) == set(names("modalities"))
+    assert set(OBJECTIVES) == set(find_all("objectives", Objective))
+
+
+@every_cell
+def test_loss_is_finite_and_every_parameter_gets_a_gradient(
+    modality: str, objective: str, options: dict[str, Any]
+) -> None:
+    """A parameter without one would stop distributed training at its second step."""
+    torch.manual_seed(0)
+    module, adapter = build(modality, objective, options)
+    out = module(make_batch(adapter, 4), generator())
+    out.loss.backward()
+    assert out.loss.isfinite() and out.loss > 0
+    without = [name for name, value in module.named_parameters() if value.requires_grad and value.grad is None]
+    assert not without
+    assert all(value.grad.isfinite().all() for value in module.parameters() if value.grad is not None)
+    assert out.embedding is not None and not out.embedding.requires_grad
+
+
+@every_cell
+def test_same_key_same_loss(modality: str, objective: str, options: dict[str, Any]) -> None:
+    """Nothing is drawn from the global generator."""
+    torch.manual_seed(0)
+    module, adapter = build(modality, objective, options)
+    batch = make_batch(adapter, 4)
+    first = module(batch, torch.Generator().manual_seed(3)).loss
+    torch.manual_seed(99)
+    assert torch.equal(first, module(batch, torch.Generator().manual_seed(3)).loss)
+    assert not torch.equal(first, module(batch, torch.Generator().manual_seed(4)).loss)
+
+
+@every_cell
+def test_inputs_are_left_as_they_are(modality: str, objective: str, options: dict[str, Any]) -> None:
+    module, adapter = build(modality, objective, options)
+    batch = make_batch(adapter, 4)
+    before = {name: value.clone() for name, value in batch.items()}
+    module(batch, generator())
+    assert all(torch.equal(before[name], batch[name]) for name in batch)
+
+
+@every_cell
+def test_padding_does_not_matter(modality: str, objective: str, options: dict[str, Any]) -> None:
+    """What lies behind the end of a sample changes neither the loss nor the embedding."""
+    torch.manual_seed(0)
+    module, adapter = build(modality, objective, options)
+    batch = make_batch(adapter, 4)
+    if "attention_mask" not in batch:
+        pytest.skip("samples of this modality are all of one length")
+    value = batch[adapter.inputs[0]]
+    spoilt = batch | {adapter.inputs[0]: torch.where(batch["attention_mask"].bool(), value, 1e4)}
+    first, second = (module.eval()(each, generator()) for each in (batch, spoilt))
+    torch.testing.assert_close(first.loss, second.loss)
+    torch.testing.assert_close(first.embedding, second.embedding)
+
+
+@every_cell
+def test_options_rebuild_the_objective(modality: str, objective: str, options: dict[str, Any]) -> None:
+    """The record of a run holds all that is needed to make its objective again."""
+    module, _ = build(modality, objective, options)
+    again = type(module)(module.model, **options_of(module))
+    assert options_of(again) == options_of(module)
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in module.state_dict().items()}
+
+
+@every_cell
+def test_saved_and_loaded_weights_give_the_same_loss(
+    tmp_path, modality: str, objective: str, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    module, adapter = build(modality, objective, options)
+    batch = make_batch(adapter, 4)
+    module.model.save_pretrained(tmp_path)
+    again = type(module)(MMSSLModel.from_pretrained(tmp_path), **options_of(module))
+    again.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith("model.")}, strict=False)
+    assert torch.equal(module.eval()(batch, generator()).loss, again.eval()(batch, generator()).loss)
+
+
+@every_cell
+def test_bf16_autocast_is_close(modality: str, objective: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    module, adapter = build(modality, objective, options)
+    batch = make_batch(adapter, 4)
+    full = module.eval()(batch, generator()).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = module(batch, generator()).loss
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0)
+
+
+@every_cell
+def test_eight_samples_are_over_fitted(modality: str, objective: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    module, adapter = build(modality, objective, options, hidden_size=32)
+    batch = make_batch(adapter, 8)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(100):  # one mask for all steps: what is hidden can be learned by heart
+        loss = module(batch, generator()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

@@ -1,0 +1,181 @@
+"""The command: what it shows, what wins over what, and what it says to wrong input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PILImage
+
+from mmssl import MMSSLConfig, MMSSLModel
+from mmssl.cli import main, parse_pretrain
+from mmssl.objectives.masked_reconstruction import MaskedReconstruction
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+DIGITS = str(ROOT / "examples" / "recipes" / "mae_digits.yaml")
+
+
+def mmssl(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmssl", *arguments])
+    main()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained digits model, saved as a run would."""
+    folder = tmp_path_factory.mktemp("run")
+    options = {"image_size": 8, "patch_size": 2, "num_channels": 1}
+    config = MMSSLConfig(modalities={"image": options}, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    MMSSLModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_list_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    mmssl(monkeypatch, "list")
+    printed = capsys.readouterr().out
+    for name in ("Image", "Speech", "MaskedReconstruction", "knn", "linear", "few_shot", "digits", "espeak_digits"):
+        assert name in printed
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults() -> None:
+    arguments = parse_pretrain(["--config", DIGITS, "--objective.mask_ratio", "0.6", "--train.max_train_steps", "7"])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MMSSLConfig(modalities={"image": arguments["modality"].options()}, **sizes)
+    objective = arguments["objective"](MMSSLModel(config))
+    assert isinstance(objective, MaskedReconstruction)
+    assert objective.mask_ratio == 0.6 and objective.decoder_layers == 1 and objective.corruption == "drop"
+    assert arguments["train"].max_train_steps == 7 and arguments["train"].learning_rate == 2e-3
+    assert arguments["train"].weight_decay == 0.05
+
+
+def test_data_is_short_for_its_source() -> None:
+    assert parse_pretrain(["--config", DIGITS, "--data", "here"])["data"].source == "here"
+    assert parse_pretrain(["--config", DIGITS, "--data=there"])["data"].source == "there"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_its_objective(recipe: Path) -> None:
+    """On the meta device, so that large ones cost nothing."""
+    import torch
+
+    arguments = parse_pretrain(["--config", str(recipe)])
+    modality, encoder = arguments["modality"], arguments["encoder"]
+    with torch.device("meta"):
+        objective = arguments["objective"](
+            MMSSLModel(MMSSLConfig(modalities={modality.name: modality.options()}, **vars(encoder)))
+        )
+    assert sum(parameter.numel() for parameter in objective.parameters()) > 1000
+    header = recipe.read_text().split("modality:")[0]
+    for word in ("accelerate launch", "Hardware", "Minutes", "spread"):
+        assert word in header, f"the header of {recipe.name} does not state: {word}"
+
+
+def test_published_sizes() -> None:
+    """ViT-B/16 without its head has 85,798,656 parameters; TERA base 21.33 M (SUPERB's table)."""
+    import torch
+
+    counts = {}
+    for name in ("mae_vit_base_imagenet", "tera_base"):
+        arguments = parse_pretrain(["--config", str(ROOT / "examples" / "recipes" / f"{name}.yaml")])
+        modality = arguments["modality"]
+        with torch.device("meta"):
+            model = MMSSLModel(
+                MMSSLConfig(modalities={modality.name: modality.options()}, **vars(arguments["encoder"]))
+            )
+        counts[name] = sum(parameter.numel() for parameter in model.parameters())
+    # 85.8 M less the table of 197 positions, which sines and cosines do without
+    assert counts["mae_vit_base_imagenet"] == 85_798_656 - 197 * 768
+    assert counts["tera_base"] == pytest.approx(21.33e6, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fly"], "unknown command 'fly'"),
+        (["evaluate", "RUN", "--data", "nowhere/at/all/"], "cannot load|nothing|found"),
+        (["evaluate", "RUN", "--data", "FLAT"], "found no labels"),
+        (["evaluate", "RUN", "--data", "ONE_CLASS"], "found one class only"),
+        (["evaluate", "RUN", "--data", "digits", "--protocol", "horoscope"], "found horoscope; expected some of knn"),
+        (["evaluate", "EMPTY", "--data", "digits"], "holds no model"),
+        (["evaluate", "RUN", "--data", "EMPTY"], r"found no image file in .*expected files ending in"),
+        (["pretrain", "--config", DIGITS, "--data", "EMPTY"], "found no image file"),
+        (["pretrain", "--config", DIGITS, "--objective.mask_ratio", "1"], "mask_ratio: found 1.0; expected a share"),
+        (["pretrain", "--config", DIGITS, "--objective.mask_ratio", "0"], "mask_ratio: found 0.0; expected a share"),
+        (["pretrain", "--config", DIGITS, "--modality.patch_size", "3"], "make image_size a multiple of patch_size"),
+    ],
+)
+def test_wrong_input_gets_one_clear_line(
+    tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    folders = {"RUN": run_folder, "FLAT": tmp_path / "flat", "ONE_CLASS": tmp_path / "one", "EMPTY": tmp_path / "empty"}
+    for folder in (folders["FLAT"], folders["ONE_CLASS"] / "cats", folders["EMPTY"]):
+        folder.mkdir(parents=True)
+    for folder in (folders["FLAT"], folders["ONE_CLASS"] / "cats"):
+        for number in range(5):
+            PILImage.new("L", (8, 8), 40 * number).save(folder / f"{number}.png")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message) as error:
+        mmssl(monkeypatch, *[str(folders.get(word, word)) for word in arguments])
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [("--objective.mask_rati", "mask_rati"), ("--train.lerning_rate", "lerning_rate"), ("--modality.colour", "colour")],
+)
+def test_unknown_options_are_refused(capsys: pytest.CaptureFixture[str], flag: str, named: str) -> None:
+    with pytest.raises(SystemExit):
+        parse_pretrain(["--config", DIGITS, flag, "0.1"])
+    assert named in capsys.readouterr().err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_pretrain(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "optimiser steps; wins over num_train_epochs" in printed and "peak learning rate" in printed
+    with pytest.raises(SystemExit):
+        parse_pretrain(["--objective.help", "MaskedReconstruction"])
+    assert "share of the valid tokens that is hidden" in " ".join(capsys.readouterr().out.split())
+
+
+def test_evaluate_prints_three_rows_and_writes_them(
+    tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "scores.json"
+    mmssl(monkeypatch, "evaluate", str(run_folder), "--data", "digits", "--protocol", "knn", "--output", str(output))
+    printed = capsys.readouterr().out
+    assert all(row in printed for row in ("raw features", "untrained encoder", "pretrained encoder"))
+    scores = {score["row"]: score for score in json.loads(output.read_text())}
+    assert scores["raw"]["n_train"] == 1437 and scores["raw"]["n_test"] == 360
+    assert scores["raw"]["values"][0] > 0.95  # nearest neighbours on the pixels of digits
+    assert np.isfinite([value for score in scores.values() for value in score["values"]]).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "processes"), [("image", 1), ("image", 2), ("speech", 1), ("speech", 2)])
+def test_examples_run_under_accelerate_launch(tmp_path: Path, script: str, processes: int) -> None:
+    """With two processes there really are two, and the run is recorded as such."""
+    import os
+
+    launch = ["--multi_gpu"] if processes > 1 else []
+    flags = {"train.output_dir": tmp_path / "run", "train.max_train_steps": 4, "train.per_device_train_batch_size": 8}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *launch),
+            *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
+            f"examples/pretrain_{script}.py",
+            *(f"--{name}={value}" for name, value in flags.items()),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "pretrained encoder" in done.stdout and (tmp_path / "run" / "reconstructions.png").is_file()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == processes

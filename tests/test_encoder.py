@@ -1,0 +1,409 @@
+"""The encoder against slow loops, against PyTorch's own transformer, and against itself without padding."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmssl.encoder import DropPath, Encoder, EncoderConfig, EncoderLayer, LayerScale
+
+WIDTH, LENGTHS = 16, (5, 2, 4)
+ATTENTION = ("sdpa", "eager")
+PRE = {"norm_position": "pre", "layer_scale_init": 0.5}
+POST = {"norm_position": "post", "qkv_bias": False, "intermediate_size": 24, "hidden_act": "relu"}
+PREFIX = {"class_token": True, "num_register_tokens": 2}
+KINDS = [
+    pytest.param(PRE, id="pre"),
+    pytest.param(POST, id="post"),
+    pytest.param(PRE | PREFIX, id="pre-prefix"),
+    pytest.param(POST | PREFIX, id="post-prefix"),
+]
+
+
+def config(attention: str = "sdpa", **options: Any) -> EncoderConfig:
+    result = EncoderConfig(**{"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, **options})
+    result._attn_implementation = attention  # type: ignore[misc]
+    return result
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """No weight is left at 0 or 1, where a mistake would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.25 * torch.randn(parameter.shape, generator=generator))
+        for child in module.modules():
+            if isinstance(child, nn.LayerNorm):
+                child.weight.add_(1)
+
+
+def blocks(encoder: Encoder) -> list[Any]:
+    return list(encoder.layers)
+
+
+def make_encoder(attention: str = "sdpa", **options: Any) -> Encoder:
+    encoder = Encoder(config(attention, **options)).eval()
+    randomise(encoder)
+    return encoder
+
+
+@dataclass
+class Inputs:
+    """Three rows of different lengths; ``arrows[row]`` are the edges (source, target) of a row."""
+
+    content: Tensor
+    position: Tensor
+    valid: Tensor
+    arrows: list[list[tuple[int, int]]] | None
+
+    @property
+    def edges(self) -> Tensor | None:
+        if self.arrows is None:
+            return None
+        length = self.valid.shape[1]
+        flat = [(row * length + s, row * length + t) for row, arrows in enumerate(self.arrows) for s, t in arrows]
+        return torch.tensor(flat, dtype=torch.long).reshape(-1, 2).T
+
+    def row(self, number: int) -> "Inputs":
+        """One row alone, without padding."""
+        length = LENGTHS[number]
+        return Inputs(
+            self.content[number : number + 1, :length],
+            self.position[number : number + 1, :length],
+            torch.ones(1, length, dtype=torch.bool),
+            None if self.arrows is None else [self.arrows[number]],
+        )
+
+    def reads(self, number: int) -> list[set[int]]:
+        """The tokens that each token of a row reads: itself and the sources of its edges, or all."""
+        length = LENGTHS[number]
+        if self.arrows is None:
+            return [set(range(length)) for _ in range(length)]
+        return [{target} | {s for s, t in self.arrows[number] if t == target} for target in range(length)]
+
+
+def make_inputs(edges: bool) -> Inputs:
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(LENGTHS), max(LENGTHS), WIDTH)
+    valid = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    arrows = [[(0, 1), (1, 0), (1, 2), (4, 2), (3, 0)], [(0, 1)], [(0, 3), (3, 1), (2, 2)]]
+    return Inputs(
+        torch.randn(shape, generator=generator),
+        torch.randn(shape, generator=generator),
+        valid,
+        arrows if edges else None,
+    )
+
+
+def run(encoder: Encoder, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    out = encoder(inputs.content, inputs.position, inputs.valid, inputs.edges)
+    return out.tokens, out.prefix
+
+
+def slow_attention(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]]) -> Tensor:
+    """Attention of one row (N, D), token by token and head by head, over what each token reads."""
+    heads = encoder.config.num_attention_heads
+    size = x.shape[1] // heads
+    query, key, value = F.linear(x, layer.attention.qkv.weight, layer.attention.qkv.bias).chunk(3, dim=1)
+    rows = []
+    for token, others in enumerate(reads):
+        chosen = sorted(others)
+        parts = []
+        for head in range(heads):
+            channels = slice(head * size, (head + 1) * size)
+            scores = torch.stack([query[token, channels] @ key[other, channels] for other in chosen])
+            weights = (scores / math.sqrt(size)).exp()
+            weights = weights / weights.sum()
+            parts.append(sum(w * value[other, channels] for w, other in zip(weights, chosen, strict=True)))
+        rows.append(torch.cat(parts))
+    return F.linear(torch.stack(rows), layer.attention.proj.weight, layer.attention.proj.bias)
+
+
+def slow_block(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]]) -> Tensor:
+    """A block in words: y = x + attention(norm(x)), y + mlp(norm(y)), or with the norm after each sum."""
+    activation: Any = {"gelu": F.gelu, "relu": F.relu}[encoder.config.hidden_act]
+
+    def norm(module: nn.LayerNorm, values: Tensor) -> Tensor:
+        return F.layer_norm(values, (WIDTH,), module.weight, module.bias, eps=encoder.config.layer_norm_eps)
+
+    def mlp(values: Tensor) -> Tensor:
+        inner = activation(F.linear(values, layer.mlp.fc1.weight, layer.mlp.fc1.bias))
+        return F.linear(inner, layer.mlp.fc2.weight, layer.mlp.fc2.bias)
+
+    if encoder.config.norm_position == "pre":
+        x = x + layer.scale1.scale * slow_attention(encoder, layer, norm(layer.norm1, x), reads)
+        return x + layer.scale2.scale * mlp(norm(layer.norm2, x))
+    x = norm(layer.norm1, x + slow_attention(encoder, layer, x, reads))
+    return norm(layer.norm2, x + mlp(x))
+
+
+def slow_encoder(encoder: Encoder, inputs: Inputs, number: int) -> Tensor:
+    """One row (prefix + N, D), without padding. Prefix tokens read everything and are read by everything."""
+    alone, prefix = inputs.row(number), encoder.num_prefix_tokens
+    x = alone.content[0] + alone.position[0]
+    if prefix:
+        x = torch.cat([encoder.prefix_tokens[0], x])
+    everything = set(range(len(x)))
+    reads = [everything] * prefix + [
+        set(range(prefix)) | {prefix + other for other in others} for others in inputs.reads(number)
+    ]
+    pre = encoder.config.norm_position == "pre"
+    x = x if pre else encoder.norm(x)
+    for layer in blocks(encoder):
+        x = slow_block(encoder, layer, x, reads)
+    return encoder.norm(x) if pre else x
+
+
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("attention", ATTENTION)
+@torch.no_grad()
+def test_equals_loops_over_tokens_heads_and_neighbours(attention: str, options: dict[str, Any], edges: bool) -> None:
+    encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
+    tokens, prefix = run(encoder, inputs)
+    for number, length in enumerate(LENGTHS):
+        expected = slow_encoder(encoder, inputs, number)
+        found = torch.cat([prefix[number], tokens[number, :length]])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize("options", KINDS)
+def test_sdpa_equals_eager_in_outputs_and_gradients(options: dict[str, Any], edges: bool) -> None:
+    results = []
+    for attention in ATTENTION:
+        encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
+        inputs.content.requires_grad_()
+        tokens, prefix = run(encoder, inputs)
+        seen = torch.cat([tokens[inputs.valid], prefix.flatten(0, 1)])
+        seen.square().sum().backward()
+        results.append((seen, inputs.content.grad, blocks(encoder)[0].attention.qkv.weight.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("attention", ATTENTION)
+@torch.no_grad()
+def test_a_row_alone_equals_the_row_in_a_padded_batch(attention: str, options: dict[str, Any], edges: bool) -> None:
+    encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
+    tokens, prefix = run(encoder, inputs)
+    for number, length in enumerate(LENGTHS):
+        alone, alone_prefix = run(encoder, inputs.row(number))
+        torch.testing.assert_close(tokens[number, :length], alone[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(prefix[number], alone_prefix[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize("options", KINDS)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_what_padding_contains_never_matters(attention: str, options: dict[str, Any], edges: bool) -> None:
+    """Neither to outputs, to the bit, nor by a gradient."""
+    encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
+    before = run(encoder, inputs)
+    garbage = 1e4 * torch.randn(inputs.content.shape, generator=torch.Generator().manual_seed(2))
+    inputs.content = torch.where(inputs.valid[..., None], inputs.content, garbage).requires_grad_()
+    inputs.position = torch.where(inputs.valid[..., None], inputs.position, -1.7 * garbage.flip(2))
+    tokens, prefix = run(encoder, inputs)
+    assert torch.equal(tokens[inputs.valid], before[0][inputs.valid])
+    assert torch.equal(prefix, before[1])
+    (tokens[inputs.valid].square().sum() + prefix.square().sum()).backward()
+    assert inputs.content.grad is not None
+    assert not inputs.content.grad[~inputs.valid].any()
+    assert inputs.content.grad[inputs.valid].any(dim=-1).all()
+
+
+@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_row_without_valid_tokens_is_finite(attention: str, edges: bool) -> None:
+    encoder, inputs = make_encoder(attention, **PRE), make_inputs(edges)
+    inputs.valid[1] = False
+    inputs.content.requires_grad_()
+    tokens, _ = run(encoder, inputs)
+    tokens.square().sum().backward()
+    assert inputs.content.grad is not None
+    assert tokens.isfinite().all()
+    assert inputs.content.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_along_edges_influence_goes_one_step_a_layer(attention: str, layers: int) -> None:
+    """Row 0 is the path 0 -> 1 -> ... -> 5, row 1 the same one backwards. Beyond reach and across rows: exact zero."""
+    length = 6
+    encoder = make_encoder(attention, **PRE, num_hidden_layers=layers)
+    forward = torch.tensor([[i, i + 1] for i in range(length - 1)]).T
+    edges = torch.cat([forward, forward.flip(0) + length], dim=1)
+    content = torch.randn(2, length, WIDTH, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(2, length, dtype=torch.bool)
+
+    def tokens(content: Tensor) -> Tensor:
+        return encoder(content, torch.zeros_like(content), valid, edges).tokens
+
+    jacobian = torch.autograd.functional.jacobian(tokens, content)  # (2, N, D, 2, N, D): output, input
+    influence = jacobian.abs().amax(dim=(2, 5))
+    for row in range(2):
+        for target in range(length):
+            for source in range(length):
+                steps = target - source if row == 0 else source - target
+                assert (influence[row, target, row, source] > 0) == (0 <= steps <= layers), (row, source, target)
+                assert influence[row, target, 1 - row, source] == 0
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@torch.no_grad()
+def test_equals_the_transformer_of_pytorch(norm_position: str, attention: str) -> None:
+    encoder = make_encoder(attention, norm_position=norm_position, layer_norm_eps=1e-5, intermediate_size=40)
+    block = nn.TransformerEncoderLayer(
+        WIDTH, 2, 40, dropout=0.0, activation="gelu", batch_first=True, norm_first=norm_position == "pre"
+    )
+    theirs = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+    for their, our in zip(theirs.layers, blocks(encoder), strict=True):
+        names = {
+            "self_attn.in_proj_": our.attention.qkv,
+            "self_attn.out_proj.": our.attention.proj,
+            "linear1.": our.mlp.fc1,
+            "linear2.": our.mlp.fc2,
+            "norm1.": our.norm1,
+            "norm2.": our.norm2,
+        }
+        their.load_state_dict(
+            {name + key: value for name, part in names.items() for key, value in part.state_dict().items()}
+        )
+    inputs = make_inputs(edges=False)
+    x = inputs.content + inputs.position
+    if norm_position == "pre":
+        expected = encoder.norm(theirs(x, src_key_padding_mask=~inputs.valid))
+    else:
+        expected = theirs(encoder.norm(x), src_key_padding_mask=~inputs.valid)
+    found, _ = run(encoder, inputs)
+    torch.testing.assert_close(found[inputs.valid], expected[inputs.valid], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", KINDS)
+@torch.no_grad()
+def test_keep_layers_returns_the_outputs_of_those_blocks(options: dict[str, Any]) -> None:
+    """Block k of a deep encoder is the last block of one with k blocks and the same weights."""
+    inputs = make_inputs(edges=False)
+    deep = make_encoder(**options, num_hidden_layers=3)
+    out = deep(inputs.content, inputs.position, inputs.valid, keep_layers=(3, 1))
+    assert len(out.layers) == 2
+    for kept, depth in zip(out.layers, (1, 3), strict=True):
+        shallow = make_encoder(**options, num_hidden_layers=depth)
+        shallow.load_state_dict(deep.state_dict(), strict=False)
+        expected, _ = run(shallow, inputs)
+        found = deep.norm(kept) if options["norm_position"] == "pre" else kept
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert not deep(inputs.content, inputs.position, inputs.valid).layers
+
+
+def test_drop_path_in_evaluation_changes_nothing() -> None:
+    branch = torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(DropPath(0.7).eval()(branch), branch)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_expectation() -> None:
+    torch.manual_seed(0)
+    rate, samples = 0.3, 20_000
+    dropped = DropPath(rate).train()(torch.ones(samples, 3, 2))
+    first = dropped[:, 0, 0]
+    assert torch.equal(dropped, first[:, None, None].expand_as(dropped))
+    kept = first != 0
+    torch.testing.assert_close(first[kept], torch.full((int(kept.sum()),), 1 / (1 - rate)))
+    error = math.sqrt(rate * (1 - rate) / samples)
+    assert abs(kept.double().mean() - (1 - rate)) < 5 * error
+    assert abs(first.double().mean() - 1) < 5 * error / (1 - rate)
+
+
+def test_drop_path_of_a_block_drops_each_branch_by_itself() -> None:
+    """In training a row is one of four: with or without attention, with or without the feed-forward layer."""
+    torch.manual_seed(0)
+    layer: Any = EncoderLayer(config(), drop_path=0.5)
+    row = torch.randn(1, 3, WIDTH)
+    found = layer.train()(row.expand(64, -1, -1), None)
+    cases = []
+    for attends in (0, 2):
+        middle = row + attends * layer.attention(layer.norm1(row), None)[0]
+        cases += [middle + forwards * layer.mlp(layer.norm2(middle)) for forwards in (0, 2)]
+    distance = torch.stack([(found - case).abs().amax(dim=(1, 2)) for case in cases])
+    assert distance.amin(dim=0).max() < 1e-5
+    assert set(distance.argmin(dim=0).tolist()) == {0, 1, 2, 3}
+    assert torch.equal(layer.eval()(row.expand(2, -1, -1), None)[0], layer(row, None)[0])
+
+
+def test_drop_path_rate_grows_linearly_over_depth() -> None:
+    encoder = make_encoder(drop_path_rate=0.3, num_hidden_layers=4)
+    assert [layer.drop_path.rate for layer in blocks(encoder)] == pytest.approx([0.0, 0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("option", ["hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_dropout_acts_in_training_only(attention: str, option: str) -> None:
+    inputs = make_inputs(edges=False)
+    encoder = make_encoder(attention, **{option: 0.5})
+    without, _ = run(make_encoder(attention), inputs)
+    assert torch.equal(run(encoder, inputs)[0], without)
+    encoder.train()
+    torch.manual_seed(0)
+    assert not torch.allclose(run(encoder, inputs)[0], without)
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-5, 1.0])
+def test_layer_scale_starts_at_its_value(start: float) -> None:
+    encoder = Encoder(config(layer_scale_init=start))
+    scales = [module.scale for module in encoder.modules() if isinstance(module, LayerScale)]
+    assert len(scales) == 4  # two branches in each of two blocks
+    for scale in scales:
+        assert torch.equal(scale, torch.full((WIDTH,), start))
+        assert scale.requires_grad
+
+
+def test_layer_scale_takes_a_whole_number() -> None:
+    """A config written by hand says 1, not 1.0."""
+    assert blocks(Encoder(config(layer_scale_init=1)))[0].scale1.scale.is_floating_point()
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+@torch.no_grad()
+def test_layer_scale_multiplies_the_branches(norm_position: str) -> None:
+    """As if the last linear layer of each branch were multiplied, channel by channel."""
+    inputs = make_inputs(edges=False)
+    scaled = make_encoder(norm_position=norm_position, layer_scale_init=0.1)
+    plain = make_encoder(norm_position=norm_position)
+    plain.load_state_dict(scaled.state_dict(), strict=False)
+    for ours, theirs in zip(blocks(plain), blocks(scaled), strict=True):
+        for last, scale in ((ours.attention.proj, theirs.scale1.scale), (ours.mlp.fc2, theirs.scale2.scale)):
+            last.weight *= scale[:, None]
+            last.bias *= scale
+    torch.testing.assert_close(run(scaled, inputs)[0], run(plain, inputs)[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_layer_scale_of_zero_makes_blocks_the_identity() -> None:
+    inputs = make_inputs(edges=False)
+    encoder = Encoder(config(layer_scale_init=0.0)).eval()
+    found, _ = run(encoder, inputs)
+    torch.testing.assert_close(found, F.layer_norm(inputs.content + inputs.position, (WIDTH,), eps=1e-6))
+
+
+def test_without_layer_scale_there_is_no_parameter_for_it() -> None:
+    names = [name for name, _ in make_encoder().named_parameters()]
+    assert not [name for name in names if "scale" in name or "prefix" in name]
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"3 heads.*16"):
+        Encoder(config(num_attention_heads=3))
+
+
+@pytest.mark.parametrize(("option", "value"), [("norm_position", "Pre"), ("initializer", "norml")])
+def test_a_choice_that_does_not_exist_is_refused(option: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}.*{value}"):
+        Encoder(config(**{option: value}))

@@ -1,0 +1,94 @@
+"""Sine-cosine positions against their formula written out and against transformers' table of MAE."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import ViTMAEConfig
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
+
+from mmssl.positions import SinCosPositions
+
+
+def grid(rows: int, columns: int) -> Tensor:
+    """(rows * columns, 2) places (y, x), rows first."""
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+
+
+def by_formula(place: list[float], width: int, order: tuple[int, ...], temperature: float) -> list[float]:
+    """Vaswani et al. (2017) with all sines of an axis before its cosines, one axis after the other."""
+    bands = width // (2 * len(order))
+    result = []
+    for axis in order:
+        angles = [place[axis] / temperature ** (k / bands) for k in range(bands)]
+        result += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+    return result
+
+
+@pytest.mark.parametrize(
+    ("axes", "order", "width", "temperature"),
+    [
+        (1, None, 8, 10_000.0),
+        (1, None, 6, 100.0),
+        (2, None, 12, 10_000.0),
+        (2, (1, 0), 12, 10_000.0),
+        (3, None, 24, 1000.0),
+        (3, (2, 0, 1), 6, 10_000.0),
+    ],
+)
+def test_the_formula_at_fractional_and_negative_places(
+    axes: int, order: tuple[int, ...] | None, width: int, temperature: float
+) -> None:
+    coords = 20 * torch.rand(2, 5, axes, generator=torch.Generator().manual_seed(0)) - 5
+    found = SinCosPositions(width, axes, temperature, order)(coords)
+    expected = [
+        [by_formula(place, width, order or tuple(range(axes)), temperature) for place in row]
+        for row in coords.double().tolist()
+    ]
+    torch.testing.assert_close(found, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def table_of_mae() -> Tensor:
+    """(7, 7, 16): what transformers' MAE adds to the patches of a grid of 7x7."""
+    embeddings = ViTMAEEmbeddings(ViTMAEConfig(image_size=7, patch_size=1, hidden_size=16))
+    embeddings.initialize_weights()
+    return embeddings.position_embeddings.detach()[0, 1:].unflatten(0, (7, 7))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 7), (4, 4), (2, 5), (7, 3), (1, 6)])
+def test_equals_the_table_of_transformers_mae(rows: int, columns: int, table_of_mae: Tensor) -> None:
+    """transformers has square tables only; a rectangular grid is a corner of one."""
+    found = SinCosPositions(16, axes=2, order=(1, 0))(grid(rows, columns)[None])[0]
+    torch.testing.assert_close(found, table_of_mae[:rows, :columns].flatten(0, 1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("order", "changed"), [((1, 0), slice(0, 8)), (None, slice(8, 16))])
+def test_x_has_the_first_half_of_the_channels_in_the_order_of_mae(
+    order: tuple[int, ...] | None, changed: slice
+) -> None:
+    """Patch (0, 1) differs from patch (0, 0) in the share of x alone."""
+    origin, right = SinCosPositions(16, axes=2, order=order)(torch.tensor([[[0.0, 0.0], [0.0, 1.0]]]))[0]
+    differs = torch.zeros(16, dtype=torch.bool)
+    differs[changed] = True
+    assert torch.equal(origin != right, differs)
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bfloat16, torch.float64])
+def test_computed_in_single_precision_whatever_the_coords(dtype: torch.dtype) -> None:
+    positions = SinCosPositions(8, axes=1)
+    coords = torch.arange(200)[None, :, None]
+    assert torch.equal(positions(coords.to(dtype)), positions(coords.float()))
+
+
+@pytest.mark.parametrize(("width", "axes"), [(15, 1), (18, 2), (16, 3)])
+def test_a_width_that_axes_do_not_share_is_refused(width: int, axes: int) -> None:
+    with pytest.raises(ValueError, match=rf"\b{2 * axes}\b.*found {width}\b"):
+        SinCosPositions(width, axes)
+
+
+def test_nothing_is_stored() -> None:
+    """No table that a checkpoint could lose or fill with garbage."""
+    assert not SinCosPositions(8, axes=2).state_dict()
+    assert not list(SinCosPositions(8, axes=2).buffers())
