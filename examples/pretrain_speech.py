@@ -11,13 +11,13 @@ from pathlib import Path
 
 from mmssl.cli import parse_pretrain
 from mmssl.evaluation import report
-from mmssl.training import pretrain
+from mmssl.training import load_objective, pretrain
 
 
 def main() -> None:
     arguments = parse_pretrain(recipe=Path(__file__).parent / "recipes" / "tera_spoken_digits.yaml")
     run = pretrain(**arguments)
-    report(run, arguments["data"])
+    report(run, load_objective(run), arguments["data"])
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class LayerScale(nn.Module):
     def __init__(self, width: int, start: float):
         super().__init__()
         self.start = start
-        self.scale = nn.Parameter(torch.full((width,), start))
+        self.scale = nn.Parameter(torch.full((width,), float(start)))
 
     def forward(self, branch: Tensor) -> Tensor:
         return branch * self.scale
@@ -189,6 +189,9 @@ class Encoder(nn.Module):
                 f"num_attention_heads must divide hidden_size; found {config.num_attention_heads} heads "
                 f"and a hidden size of {config.hidden_size}"
             )
+        for name, choices in (("norm_position", ("pre", "post")), ("initializer", ("xavier_uniform", "normal"))):
+            if getattr(config, name) not in choices:  # a config file is not checked against the types
+                raise ValueError(f"{name}: found {getattr(config, name)!r}; expected one of {', '.join(choices)}")
         self.config = config
         self.num_prefix_tokens = int(config.class_token) + config.num_register_tokens
         if self.num_prefix_tokens:
@@ -237,14 +240,14 @@ class Encoder(nn.Module):
     def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None) -> Any:
         """What the chosen attention function wants; None where everything may attend to everything."""
         prefix = self.num_prefix_tokens
+        padded = nn.functional.pad(valid, (prefix, 0), value=True)
         if edges is None:
-            padded = nn.functional.pad(valid, (prefix, 0), value=True)
             return create_bidirectional_mask(config=cast(Any, self.config), inputs_embeds=hidden, attention_mask=padded)
         batch, length = valid.shape
         source, target = edges
         allowed = torch.zeros(batch, length, length, dtype=torch.bool, device=valid.device)
         allowed[target // length, target % length, source % length] = True
-        allowed = nn.functional.pad(allowed & valid[:, None, :], (prefix, 0, prefix, 0), value=True)
+        allowed = nn.functional.pad(allowed, (prefix, 0, prefix, 0), value=True) & padded[:, None, :]
         allowed |= torch.eye(prefix + length, dtype=torch.bool, device=valid.device)  # no query without a key
         bias = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
         return bias.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[:, None]

@@ -46,6 +46,8 @@ class MMSSLFeatureExtractor(FeatureExtractionMixin):
         if kwargs:
             raise ValueError(f"unknown argument: {', '.join(sorted(kwargs))}")
         if rate is not None:
+            if not hasattr(chosen, "sampling_rate"):
+                raise ValueError(f"sampling_rate: {modality} has none; leave it out")
             samples = [{"array": sample, "sampling_rate": rate} for sample in samples]
         return BatchFeature(chosen.collate([chosen.prepare(sample) for sample in samples]))
 

@@ -33,7 +33,7 @@ class Tokens:
 
         ``valid`` (B, K) says which of them count, as the flags of a ``Mask`` do.
         """
-        edges = self.edges
+        edges, valid = self.edges, valid & gather(self.valid, index)
         if edges is not None:
             batch, length = self.valid.shape
             kept = index.shape[1]
@@ -42,19 +42,25 @@ class Tokens:
             new_index[(index + rows * length).flatten()] = torch.arange(batch * kept, device=index.device)
             edges = new_index[edges]
             edges = edges[:, (edges >= 0).all(dim=0)]
+            edges = edges[:, valid.flatten()[edges].all(dim=0)]
         return replace(
             self,
             content=gather(self.content, index),
             coords=gather(self.coords, index),
-            valid=valid & gather(self.valid, index),
+            valid=valid,
             edges=edges,
         )
 
     def repeat(self, times: int) -> "Tokens":
-        """Each row ``times`` times, one after the other: (B * times, N, ...), for several masks of one sample."""
+        """Each row ``times`` times, one after the other: (B * times, N, ...), for several masks of one sample.
+
+        ``pool`` brings the copies together again.
+        """
         if times == 1:
             return self
-        edges = self.edges
+        edges, sample = self.edges, self.sample
+        if sample is None:
+            sample = torch.arange(len(self.valid), device=self.valid.device)
         if edges is not None:
             length = self.valid.shape[1]
             row, position = edges // length, edges % length
@@ -66,18 +72,18 @@ class Tokens:
             coords=self.coords.repeat_interleave(times, dim=0),
             valid=self.valid.repeat_interleave(times, dim=0),
             edges=edges,
-            sample=None if self.sample is None else self.sample.repeat_interleave(times, dim=0),
+            sample=sample.repeat_interleave(times, dim=0),
         )
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Mean of ``hidden`` (B, N, D) over the valid tokens of each sample: (number of samples, D)."""
-        weight = self.valid.to(hidden.dtype)
-        total, count = torch.einsum("bnd,bn->bd", hidden, weight), weight.sum(dim=1, keepdim=True)
+        weight = self.valid.float()  # a sum in half precision would lose digits, or overflow
+        total, count = torch.einsum("bnd,bn->bd", hidden.float(), weight), weight.sum(dim=1, keepdim=True)
         if self.sample is not None:
             samples = int(self.sample.max()) + 1
             total = total.new_zeros(samples, total.shape[1]).index_add_(0, self.sample, total)
             count = count.new_zeros(samples, 1).index_add_(0, self.sample, count)
-        return total / count.clamp(min=1)
+        return (total / count.clamp(min=1)).to(hidden.dtype)
 
 
 @dataclass

@@ -209,7 +209,7 @@ class Image(Modality):
         return Tokens(content=content, coords=coords.expand(len(pixels), -1, -1), valid=valid)
 
     def embed(self, tokens: Tokens) -> Tensor:
-        return self.projection(tokens.content)
+        return self.projection(tokens.content.to(self.projection.weight.dtype))
 
     def positions(self, width: int) -> nn.Module:
         return SinCosPositions(width, axes=2, order=(1, 0))

@@ -70,7 +70,8 @@ class Speech(Modality):
         self.rms_level, self.max_seconds, self.distance = rms_level, max_seconds, distance
         self.time_ratio, self.time_width, self.frequency_ratio = time_ratio, time_width, frequency_ratio
         self.noise_probability, self.noise_std = noise_probability, noise_std
-        self.crop_scale, self.gain, self.view_noise, self.speed = tuple(crop_scale), gain, view_noise, speed
+        self.crop_scale, self.gain, self.speed = tuple(crop_scale), gain, speed
+        self.view_noise = None if view_noise is None else tuple(view_noise)
 
     def build(self, width: int) -> Self:
         self.projection = nn.Linear(self.num_mels, width)

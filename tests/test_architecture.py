@@ -247,9 +247,15 @@ def test_the_checker_lets_other_words_pass(source: str) -> None:
 
 
 @pytest.mark.slow
-def test_importing_mmssl_is_light() -> None:
+def test_importing_mmssl_and_naming_its_modalities_is_light() -> None:
     """torchaudio and soundfile are not on the list: transformers itself imports them where they are installed."""
     heavy = {"kornia", "torch_geometric", "sklearn", "datasets", "matplotlib", "jsonargparse"}
-    code = f"import sys, mmssl; print('imported', mmssl.__name__, sorted({heavy!r} & sys.modules.keys()))"
+    empty: dict[str, dict] = {name: {} for name in file_names("modalities")}
+    code = f"""
+import sys, mmssl
+print(sorted({heavy!r} & sys.modules.keys()))
+mmssl.MMSSLConfig(modalities={empty!r})
+print(sorted({heavy!r} & sys.modules.keys()))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.stdout.strip() == "imported mmssl []", done.stderr[-2000:]
+    assert done.stdout.split() == ["[]", "[]"], done.stdout + done.stderr[-2000:]

@@ -7,21 +7,21 @@ from accelerate import PartialState
 from mmssl.data import DataArguments, PreparedSamples, load_samples
 from mmssl.evaluation.evaluate import evaluate, print_scores
 from mmssl.evaluation.pictures import draw_reconstructions
+from mmssl.objectives.base import Objective
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
-from mmssl.training import load_objective
 
 
-def report(run: Path, data: DataArguments) -> None:
+def report(run: Path, objective: Objective, data: DataArguments) -> None:
     """Say where the model is, draw reconstructions if it makes any, and probe it if the data have labels.
 
     Args:
         run: folder of a finished run.
+        objective: what it trained, as ``load_objective`` returns it.
         data: the samples to look at.
     """
     if not PartialState().is_main_process:
         return
     print(f'\nThe model is in {run}. To load it: import mmssl; AutoModel.from_pretrained("{run}")')
-    objective = load_objective(run)
     (modality,) = objective.model.adapters.values()
     samples = load_samples(data, modality)
     if isinstance(objective, MaskedReconstruction):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
 from mmssl.modalities.image import Image
+from mmssl.modalities.speech import Speech
 
 IMAGE = Image(image_size=4, patch_size=2, num_channels=1, image_mean=0.0, image_std=1.0)
 
@@ -92,11 +93,20 @@ def test_order_and_content_do_not_depend_on_workers(tmp_path: Path) -> None:
         assert read(samples, "skip", 3, workers) == alone
 
 
-def test_unreadable_samples_do_not_move_with_the_order(tmp_path: Path) -> None:
-    """Failed positions are those of the samples, not of the batch or of the sampler's order."""
-    samples = folder(tmp_path, 6, broken=(4,))
-    greys, failed = read(samples, "skip", 6, sampler=[5, 4, 3, 2, 1, 0])
-    assert greys == [[5, 5, 3, 2, 1, 0]] and failed == [[4]]
+def test_failed_positions_are_those_of_the_samples(tmp_path: Path) -> None:
+    """Not of the batch, nor of the sampler's order, nor of the sample that was asked for."""
+    samples = folder(tmp_path, 6, broken=(3, 4))
+    assert read(samples, "skip", 6, sampler=[5, 2, 1, 3, 0]) == ([[5, 2, 1, 5, 0]], [[3, 4]])
+
+
+def test_errors_of_the_file_system_are_skipped_too(tmp_path: Path) -> None:
+    pytest.importorskip("torchaudio", reason="torchaudio is not installed")
+    values: list[Any] = [tmp_path / "gone.wav", np.ones(400, np.float32)]
+    samples = Samples(values, lambda i: str(values[i]))
+    with pytest.raises(ValueError, match=r"gone\.wav: .*No such file"):
+        PreparedSamples(samples, Speech())[0]
+    sample, failed = PreparedSamples(samples, Speech(), "skip")[0]
+    assert failed == [0] and len(sample["input_values"]) == 400
 
 
 @pytest.mark.parametrize("source", ["digits", "folder"])

@@ -50,7 +50,7 @@ def hidden_of(count: int, ratio: float) -> int:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("ratio", [0.01, 0.1, 0.25, 0.3, 0.5, 0.6, 0.7, 0.75, 0.9, 0.99])
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.1, 0.25, 0.3, 0.5, 0.6, 0.7, 0.75, 0.9, 0.99, 1.0])
 def test_count_of_hidden_tokens_and_their_indices_equal_a_loop(ratio: float, style: str) -> None:
     tokens = scattered(list(range(1, 51)), 53)
     mask = Boxes().mask(tokens, ratio, key(1), style)
@@ -80,7 +80,7 @@ def test_mask_follows_from_the_seed_alone(style: str) -> None:
 
 
 def test_each_valid_token_is_hidden_equally_often() -> None:
-    draws, count, hidden = 4000, 10, 7  # int(10 * (1 - 0.7)) = 3 stay visible
+    draws, count, hidden = 40_000, 10, 7  # int(10 * (1 - 0.7)) = 3 stay visible
     pattern = scattered([count], 13).valid
     tokens = Tokens(torch.zeros(draws, 13, 1), torch.zeros(draws, 13, 1), pattern.expand(draws, -1))
     share = Boxes().mask(tokens, 0.7, key(0)).hidden.double().mean(dim=0)
@@ -123,13 +123,21 @@ def test_each_block_is_a_box_of_uniform_place_and_size() -> None:
     assert is_uniform(width[left <= columns - longest[1]] - 1, longest[1])
 
 
-def test_blocks_ignore_the_places_of_padding() -> None:
+@pytest.mark.parametrize("place", [-1e4, 1e4])
+def test_blocks_ignore_the_places_of_padding(place: float) -> None:
     tokens = on_grid(50, 4, 4)
     tokens.valid = torch.rand(tokens.valid.shape, generator=key(3)) < 0.6
     tokens.valid[:, 0] = True
-    far = Tokens(tokens.content, torch.where(tokens.valid[..., None], tokens.coords, 1e4), tokens.valid)
+    far = Tokens(tokens.content, torch.where(tokens.valid[..., None], tokens.coords, place), tokens.valid)
     near = Boxes().mask(tokens, 0.5, key(0), "block").hidden
     assert torch.equal(Boxes().mask(far, 0.5, key(0), "block").hidden, near)
+
+
+def test_within_a_block_each_token_may_be_the_first_to_be_hidden() -> None:
+    draws = 4000
+    order = block_order(on_grid(draws, 4, 5), (4, 5), key(0))
+    fraction = order.double() % 1  # uniform, whatever the place
+    assert (fraction.mean(dim=0) - 0.5).abs().max() < 5 / (12 * draws) ** 0.5
 
 
 def components(hidden: Tensor) -> int:

@@ -116,6 +116,18 @@ def test_padding_never_matters() -> None:
         assert torch.equal(speech.raw_features(other), features)
 
 
+@pytest.mark.parametrize("hops", [26, 100, 301])
+def test_channels_that_never_change_are_zero(hops: int) -> None:
+    """A sound of the period of a hop that is its own mirror image has the same frames throughout, its ends included."""
+    half = noise(81)
+    wave = torch.cat([half, half[1:-1].flip(0)]).repeat(hops + 1)[: 160 * hops + 1]
+    speech = Speech()
+    batch = speech.collate([{"input_values": wave}, {"input_values": noise(50_000)}])
+    assert speech.log_mel(batch)[0][0, : hops + 1].std(dim=0).max() < 1e-4
+    content = speech.tokenize(batch).content
+    assert not content[0].any() and content[1].any()
+
+
 def test_channels_that_hardly_change_stay_bounded() -> None:
     """n numbers less their mean over their unbiased deviation lie within (n - 1) / sqrt(n); equal ones become zero."""
     speech = Speech(rms_level=None)
@@ -458,8 +470,11 @@ def test_short_utterances(length: int) -> None:
         _, altered = speech.alter(tokens, keyed(0))
         assert altered[0].sum() == (7 if length == 24 else 0)
     everything = altering(time_ratio=1.0, frequency_ratio=0.2, noise_probability=1.0)
-    result, altered = everything.alter(frames_of([length], channels=80), keyed(0))
-    assert result.content.isfinite().all() and altered.shape == (1, length, 80)
+    for lengths in ([length], [length, 300]):
+        tokens = frames_of(lengths, channels=80)
+        result, altered = everything.alter(tokens, keyed(0))
+        assert result.content.isfinite().all() and not altered[~tokens.valid].any()
+        assert torch.equal(result.content[~tokens.valid], tokens.content[~tokens.valid])
 
 
 ALL_KINDS: list[dict[str, float]] = [
