@@ -14,13 +14,11 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from jsonargparse import ArgumentParser, Namespace
 
-from mmssl.cli import parse_pretrain, with_source
+from mmssl.cli import pretrain_parser, with_source
 from mmssl.data import DataArguments
 from mmssl.evaluation import PROTOCOLS, evaluate, print_scores
 from mmssl.training import pretrain
@@ -29,28 +27,22 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.jsonl"
 
 
-def parse() -> tuple[Namespace, list[str]]:
-    """Our own flags, and the rest, which are pretraining's."""
-    parser = ArgumentParser(description=__doc__)
+def main() -> None:
+    parser = pretrain_parser()
     parser.add_argument("--name", type=str, required=True, help="Plain name of the data: digits, cifar10, ...")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS))
     parser.add_class_arguments(DataArguments, "probe", help="Labelled samples for the probes. Default: the data.")
-    parser.add_class_arguments(DataArguments, "test")
-    return parser.parse_known_args(with_source(sys.argv[1:]))
-
-
-def main() -> None:
-    own, rest = parse()
-    config = Namespace(own)
-    runs = []
+    parser.add_class_arguments(DataArguments, "test", help="Labelled samples that the probes are tested on.")
+    config = parser.parse_args(with_source(sys.argv[1:]))
+    base, runs = config.train.output_dir, []
     for seed in config.seeds:
-        arguments = parse_pretrain([*rest, "--train.seed", str(seed)])
-        folder = Path(arguments["train"].output_dir) / f"seed{seed}"
-        arguments["train"] = replace(arguments["train"], output_dir=str(folder))
-        runs.append(folder if (folder / "objective.safetensors").is_file() else pretrain(**arguments))
-    probe = DataArguments(**vars(config.probe)) if config.probe.source else arguments["data"]
-    scores = evaluate(runs, probe, DataArguments(**vars(config.test)), config.protocol)
+        config.train.seed, config.train.output_dir = seed, f"{base}/seed{seed}"
+        given = parser.instantiate(config)
+        runs.append(Path(config.train.output_dir))
+        if not (runs[-1] / "objective.safetensors").is_file():  # written when a run has ended
+            pretrain(given.modality, given.objective, given.encoder, given.data, given.train)
+    scores = evaluate(runs, given.probe if given.probe.source else given.data, given.test, config.protocol)
     print_scores(scores, title=config.name)
 
     record = json.loads((runs[-1] / "run.json").read_text())
@@ -64,7 +56,7 @@ def main() -> None:
                 "modality": next(iter(record["modality"])),
                 "data": config.name,
                 "objective": next(iter(record["objective"])),
-                "recipe": Path(rest[rest.index("--config") + 1]).stem,
+                "recipe": Path(sys.argv[sys.argv.index("--config") + 1]).stem,
                 "protocol": score.protocol,
                 "row": score.row,
                 "metric": "accuracy",

@@ -34,7 +34,7 @@ def parse_pretrain(arguments: Sequence[str] | None = None, recipe: str | Path | 
     given = with_source(sys.argv[1:] if arguments is None else arguments)
     if recipe is not None and "--config" not in given:
         given = ["--config", str(recipe), *given]
-    config = parser.instantiate_classes(parser.parse_args(given))
+    config = parser.instantiate(parser.parse_args(given))
     return {name: value for name, value in vars(config).items() if name != "config"}
 
 
@@ -60,7 +60,7 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS), help=f"Some of {', '.join(PROTOCOLS)}.")
     parser.add_argument("--modality", default=None, help="Which modality, of a model that has several.")
     parser.add_argument("--output", default=None, help="JSON file to write the scores to.")
-    config = parser.instantiate_classes(parser.parse_args(with_source(arguments)))
+    config = parser.instantiate(parser.parse_args(with_source(arguments)))
     scores = evaluate(config.checkpoint, config.data, config.test, config.protocol, config.modality)
     print_scores(scores, title=" ".join(config.checkpoint))
     if config.output:

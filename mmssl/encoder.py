@@ -210,6 +210,7 @@ class Encoder(nn.Module):
         valid: Tensor,
         edges: Tensor | None = None,
         keep_layers: Sequence[int] = (),
+        prefix: Tensor | None = None,
     ) -> EncoderOutput:
         """Encode a batch.
 
@@ -219,11 +220,14 @@ class Encoder(nn.Module):
             valid: (B, N) bool, False for padding.
             edges: (2, E) long as in ``Tokens``, or None where all valid tokens of a row attend to each other.
             keep_layers: blocks (from 1) whose outputs are returned too.
+            prefix: (B, number, D) tokens to put first. None: the encoder's own class and register tokens.
         """
         hidden = content + position.to(content.dtype)
-        prefix = self.num_prefix_tokens
-        if prefix:
-            hidden = torch.cat([self.prefix_tokens.to(hidden.dtype).expand(len(hidden), -1, -1), hidden], dim=1)
+        if prefix is None and self.num_prefix_tokens:
+            prefix = self.prefix_tokens.expand(len(hidden), -1, -1)
+        first = 0 if prefix is None else prefix.shape[1]
+        if prefix is not None:
+            hidden = torch.cat([prefix.to(hidden.dtype), hidden], dim=1)
         mask = self.attention_mask(hidden, valid, edges)
         if self.config.norm_position == "post":
             hidden = self.norm(hidden)
@@ -232,14 +236,14 @@ class Encoder(nn.Module):
         for number, layer in enumerate(self.layers, start=1):
             hidden = layer(hidden, mask)
             if number in keep_layers:
-                layers.append(hidden[:, prefix:])
+                layers.append(hidden[:, first:])
         if self.config.norm_position == "pre":
             hidden = self.norm(hidden)
-        return EncoderOutput(tokens=hidden[:, prefix:], prefix=hidden[:, :prefix], layers=layers)
+        return EncoderOutput(tokens=hidden[:, first:], prefix=hidden[:, :first], layers=layers)
 
     def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None) -> Any:
         """What the chosen attention function wants; None where everything may attend to everything."""
-        prefix = self.num_prefix_tokens
+        prefix = hidden.shape[1] - valid.shape[1]
         padded = nn.functional.pad(valid, (prefix, 0), value=True)
         if edges is None:
             return create_bidirectional_mask(config=cast(Any, self.config), inputs_embeds=hidden, attention_mask=padded)

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order
+from mmssl.modalities.base import Batch, Modality, View, block_order, file_of, number_array
 from mmssl.positions import SinCosPositions
 from mmssl.tokens import Tokens
 
@@ -89,6 +89,8 @@ class Image(Modality):
         self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
         self.gaussian_blur, self.rotation = gaussian_blur, rotation
         self.grid(*self.image_size)
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std: found {self.image_std}; expected positive values")
         if color_jitter and num_channels != 3:
             raise ValueError(f"color_jitter needs 3 channels; found num_channels={num_channels}: set color_jitter to 0")
 
@@ -118,7 +120,7 @@ class Image(Modality):
         Arrays of integers are divided by the greatest value of their type; arrays of floats lie between 0 and 1.
         """
         if isinstance(sample, dict):
-            sample = sample["bytes"] if sample.get("bytes") is not None else sample["path"]
+            sample = file_of(sample)
         if isinstance(sample, bytes):
             sample = io.BytesIO(sample)
         if isinstance(sample, str | Path | io.BytesIO):
@@ -127,7 +129,7 @@ class Image(Modality):
                 if sample.format == "JPEG":  # decode at a fraction of the size where that is enough
                     sample.draft(None, (2 * self.image_size[1], 2 * self.image_size[0]))
                 sample.load()
-            except (OSError, SyntaxError, ValueError) as error:
+            except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
                 raise ValueError(f"not a readable image ({error}); expected an intact image file") from error
         pixels = self.from_pil(sample) if isinstance(sample, PILImage.Image) else self.from_array(sample)
         if not pixels.isfinite().all():
@@ -141,10 +143,13 @@ class Image(Modality):
                 f"found an image file, and num_channels={self.num_channels}; files are read as 1, 3 or 4 channels: "
                 "give arrays (H, W, C) instead"
             )
-        self.check_size(image.height, image.width)
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            return self.from_array(np.asarray(image))
         if image.mode.startswith("I"):  # 16 bits of grey; PIL would cut them off at 255
             return self.from_array(np.asarray(image).astype(np.float32) / 65535)
-        image = ImageOps.exif_transpose(image).convert(PIL_MODES[self.num_channels])
+        self.check_size(image.height, image.width)
+        image = image.convert(PIL_MODES[self.num_channels])
         height, width = self.image_size
         if image.size != (width, height):
             image = ImageOps.fit(image, (width, height), method=PILImage.Resampling.BICUBIC)
@@ -152,7 +157,7 @@ class Image(Modality):
         return pixels.reshape(height, width, self.num_channels).permute(2, 0, 1)
 
     def from_array(self, array: Any) -> Tensor:
-        pixels = torch.as_tensor(np.asarray(array))
+        pixels = torch.from_numpy(number_array(array))
         if not pixels.is_floating_point():
             pixels = pixels.float() / torch.iinfo(pixels.dtype).max
         if pixels.dim() == 2:
@@ -233,13 +238,15 @@ class Image(Modality):
         def uniform() -> Tensor:
             return torch.rand(batch, generator=generator, device=device)
 
-        if batch == 1 and (self.alteration == "patches" or self.swap_probability):
+        copies = 1 if tokens.sample is None else int((tokens.sample == tokens.sample[0]).sum())
+        if batch == copies and (self.alteration == "patches" or self.swap_probability):
             raise ValueError("found a batch of one image; patches of another image need at least two")
         least, greatest = self.alteration_ratio
         swapped = uniform() < self.swap_probability
         ratio = torch.where(swapped, self.swap_ratio, least + (greatest - least) * uniform())
         where = self.mask(tokens, ratio, generator, style="block").hidden
-        shift = torch.randint(1, max(batch, 2), (), generator=generator, device=device)
+        # Copies of one image for several masks lie one after the other; another image is at least so many rows away.
+        shift = copies * torch.randint(1, max(batch // copies, 2), (), generator=generator, device=device)
         others = content[(torch.arange(batch, device=device) + shift) % batch]
         if self.alteration == "noise":
             filling = torch.randn(content.shape, generator=generator, device=device, dtype=content.dtype)
@@ -311,7 +318,9 @@ class Image(Modality):
             for name, step in steps.items():
                 pixels = step(pixels)
                 parameters |= {
-                    f"{name}_{key}": value for key, value in step._params.items() if len(value) == len(pixels)
+                    f"{name}_{key}": value
+                    for key, value in step._params.items()
+                    if key not in ("forward_input_shape", "order")  # of the batch, not of its samples
                 }
         return View({**batch, "pixel_values": (pixels - mean) / std}, parameters)
 

@@ -6,11 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order
+from mmssl.modalities.base import Batch, Modality, View, block_order, file_of, number_array
 from mmssl.positions import SinCosPositions
 from mmssl.tokens import Tokens, gather
 
@@ -40,7 +39,7 @@ class Speech(Modality):
     """
 
     inputs: ClassVar = ("input_values", "attention_mask")
-    extensions: ClassVar = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".au")
+    extensions: ClassVar = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
     columns: ClassVar = ("audio", "speech", "input_values")
     mask_styles: ClassVar = ("random", "block")
 
@@ -106,12 +105,12 @@ class Speech(Modality):
         if isinstance(sample, dict) and sample.get("array") is not None:
             sample, rate = sample["array"], int(sample["sampling_rate"])
         elif isinstance(sample, dict):
-            sample = sample["bytes"] if sample.get("bytes") is not None else sample["path"]
+            sample = file_of(sample)
         if isinstance(sample, str | Path):
             sample = Path(sample).read_bytes()
         if isinstance(sample, bytes):
             return decode_audio(sample)
-        wave = torch.as_tensor(np.asarray(sample))
+        wave = torch.from_numpy(number_array(sample))
         if not wave.is_floating_point():
             wave = wave.float() / torch.iinfo(wave.dtype).max
         if wave.dim() not in (1, 2):
@@ -265,7 +264,7 @@ class Speech(Modality):
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, change the speed and the loudness, and add noise, on the whole batch at once."""
         waves, attention = batch["input_values"], batch["attention_mask"]
-        (count, samples), device = waves.shape, waves.device
+        count, device = len(waves), waves.device
 
         def uniform(low: float, high: float) -> Tensor:
             return low + (high - low) * torch.rand(count, generator=generator, device=device)
@@ -279,10 +278,11 @@ class Speech(Modality):
         new_length = (kept / speed).long().clamp(min=self.win_length)
         time = torch.arange(int(new_length.max()), device=device)
         inside = time < new_length[:, None]
-        place = (time * speed[:, None]).minimum((kept - 1)[:, None]) + start[:, None]
-        below = place.long().clamp(max=samples - 1)
-        above = (below + 1).minimum((start + kept - 1)[:, None])
-        waves = torch.lerp(waves.gather(1, below), waves.gather(1, above), place - below)
+        place = (time * speed[:, None]).minimum((kept - 1)[:, None])  # within the crop: float32 is exact enough there
+        below = place.long()
+        above = (below + 1).minimum((kept - 1)[:, None])
+        low, high = waves.gather(1, start[:, None] + below), waves.gather(1, start[:, None] + above)
+        waves = torch.lerp(low, high, place - below)
         waves = waves * 10 ** (gain[:, None] / 20) * inside
         if self.view_noise is not None:
             ratio = uniform(*self.view_noise)

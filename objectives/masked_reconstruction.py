@@ -101,6 +101,11 @@ class MaskedReconstruction(Objective):
         depth = model.config.num_hidden_layers
         if any(not 1 <= number <= depth for number in average_layers):
             raise ValueError(f"average_layers: found {list(average_layers)}; the encoder has blocks 1 to {depth}")
+        if average_layers and depth not in average_layers:
+            raise ValueError(
+                f"average_layers: found {list(average_layers)}; it must include the last block, {depth}, or make the "
+                "encoder shallower: later blocks would not be trained"
+            )
         if average_layers and model.config.norm_position == "post":
             raise ValueError(
                 "average_layers: blocks of a post-norm encoder are normalised already; use norm_position='pre'"
@@ -159,35 +164,38 @@ class MaskedReconstruction(Objective):
         index = None
         if self.corruption == "alter":
             seen, where = modality.alter(clean, generator)
-            encoded = self.encode(modality, seen)
-            decoded = self.decode(modality, clean, encoded)
+            encoded, class_token = self.encode(modality, seen)
+            decoded = self.decode(modality, clean, encoded, class_token)
         else:
             ratio = 0.75 if self.mask_ratio is None else self.mask_ratio
             mask = modality.mask(clean, ratio, generator, self.mask_style)
             if self.corruption == "drop":
                 seen = clean.select(mask.visible_index, mask.visible_valid)
-                encoded = self.encode(modality, seen)
-                decoded = self.decode(modality, clean, encoded, mask)
+                encoded, class_token = self.encode(modality, seen)
+                decoded = self.decode(modality, clean, encoded, class_token, mask)
             else:
                 seen = clean
                 content = modality.embed(clean)
                 content = torch.where(mask.hidden[..., None], self.mask_token.to(content.dtype), content)
-                encoded = self.encode(modality, clean, content)
-                decoded = self.decode(modality, clean, encoded)
+                encoded, class_token = self.encode(modality, clean, content)
+                decoded = self.decode(modality, clean, encoded, class_token)
             # Only hidden tokens are predicted.
             index, where = mask.hidden_index, mask.hidden_valid
             decoded = gather(decoded, index)
         prediction = self.reconstruction_heads[modality.name](self.head(decoded))
         return Reconstruction(clean, seen, encoded, prediction, where, index)
 
-    def encode(self, modality: Modality, seen: Tokens, content: Tensor | None = None) -> Tensor:
-        """Output of the encoder for the tokens it sees, (B, N, D)."""
+    def encode(self, modality: Modality, seen: Tokens, content: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Output of the encoder for the tokens it sees, (B, N, D), and for the class token, (B, 0 or 1, D)."""
         out = self.model.encode(modality, seen, content, self.average_layers)
+        class_token = out.prefix[:, : int(self.model.config.class_token)]
         if not self.average_layers:
-            return out.tokens
-        return self.model.encoder.norm(torch.stack(out.layers).mean(dim=0))
+            return out.tokens, class_token
+        return self.model.encoder.norm(torch.stack(out.layers).mean(dim=0)), class_token
 
-    def decode(self, modality: Modality, clean: Tokens, encoded: Tensor, mask: Mask | None = None) -> Tensor:
+    def decode(
+        self, modality: Modality, clean: Tokens, encoded: Tensor, class_token: Tensor, mask: Mask | None = None
+    ) -> Tensor:
         """All tokens after the decoder, (B, N, width); mask tokens stand in where ``mask`` has hidden some."""
         if not self.decoder_layers:
             return encoded
@@ -198,4 +206,5 @@ class MaskedReconstruction(Objective):
             index = mask.visible_index[..., None].expand_as(content)
             content = token.expand(*clean.valid.shape, -1).scatter(1, index, content)
         position = self.decoder_positions[modality.name](clean.coords)
-        return self.decoder(content, position, clean.valid, clean.edges).tokens
+        prefix = self.decoder_input(class_token)
+        return self.decoder(content, position, clean.valid, clean.edges, prefix=prefix).tokens

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_list_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults() -> None:
     arguments = parse_pretrain(["--config", DIGITS, "--objective.mask_ratio", "0.6", "--train.max_train_steps", "7"])
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MMSSLConfig(modalities={"image": arguments["modality"].options()}, **sizes)
     objective = arguments["objective"](MMSSLModel(config))
     assert isinstance(objective, MaskedReconstruction)

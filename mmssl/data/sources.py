@@ -4,6 +4,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,10 +64,14 @@ class Samples:
         index = np.asarray(index)
         return Samples(
             values=Selected(self.values, index),
-            name=lambda i: self.name(int(index[i])),
+            name=partial(name_of_selected, self.name, index),
             labels=None if self.labels is None else self.labels[index],
             classes=self.classes,
         )
+
+
+def name_of_selected(name: Callable[[int], str], index: np.ndarray, i: int) -> str:
+    return name(int(index[i]))
 
 
 @dataclass
@@ -125,7 +130,8 @@ def from_folder(folder: Path, modality: Modality) -> Samples:
         os.path.join(root, file)
         for root, _, files in os.walk(folder, followlinks=True)
         for file in files
-        if file.lower().endswith(modality.extensions) and not file.startswith(".")
+        if file.lower().endswith(modality.extensions)
+        and not any(part.startswith(".") for part in Path(root, file).relative_to(folder).parts)
     )
     if not paths:
         raise ValueError(
@@ -151,16 +157,26 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
     for name, feature in table.features.items():
         if hasattr(feature, "decode") and isinstance(feature, datasets.Image | datasets.Audio):
             table = table.cast_column(name, type(feature)(decode=False))
+    rows = np.arange(len(table))
     if arguments.filter:
-        table = table.select(rows_where(table, arguments.filter))
+        rows = rows_where(table, arguments.filter)
+        table = table.select(rows)
     column = pick(table.column_names, arguments.column, modality.columns, "column")
     label_column = pick(table.column_names, arguments.label_column, ("label", "labels"), "label_column", optional=True)
     labels, classes = None, []
     if label_column is not None:
         names = getattr(table.features[label_column], "names", None)
-        values, labels = np.unique(np.asarray(table[label_column]), return_inverse=True)
-        classes = [names[value] if names else str(value) for value in values]
-    return Samples(values=table[column], name=lambda i: f"{arguments.source}, row {i}", labels=labels, classes=classes)
+        column_values = list(table[label_column])
+        # A missing label is a class of its own; -1 is how data sets mark one in a column of class labels.
+        values = sorted(set(column_values), key=lambda value: (value is None, value))
+        number = {value: position for position, value in enumerate(values)}
+        labels = np.array([number[value] for value in column_values])
+        classes = [names[value] if names and value is not None and value >= 0 else str(value) for value in values]
+    return Samples(values=table[column], name=partial(row_name, arguments.source, rows), labels=labels, classes=classes)
+
+
+def row_name(source: str, rows: np.ndarray, i: int) -> str:
+    return f"{source}, row {rows[i]}"
 
 
 def rows_where(table, condition: str) -> np.ndarray:
@@ -199,7 +215,7 @@ def digits(split: str) -> Samples:
     order = np.random.RandomState(0).permutation(len(data.target))
     index = {"train": order[:1437], "test": order[1437:]}[checked(split, "digits")]
     images = (data.images[index] / 16).astype(np.float32)
-    return Samples(images, lambda i: f"digits {split}, image {i}", data.target[index], [str(i) for i in range(10)])
+    return Samples(images, f"digits {split}, image {{}}".format, data.target[index], [str(i) for i in range(10)])
 
 
 def espeak_digits(split: str) -> Samples:
@@ -210,9 +226,7 @@ def espeak_digits(split: str) -> Samples:
     test = np.isin(data.voices, VOICES[1::4])
     index = np.flatnonzero(test if checked(split, "espeak_digits") == "test" else ~test)
     records = [{"array": data.waveforms[i], "sampling_rate": data.sampling_rate} for i in index]
-    return Samples(
-        records, lambda i: f"espeak_digits {split}, clip {i}", data.digits[index], [str(i) for i in range(10)]
-    )
+    return Samples(records, f"espeak_digits {split}, clip {{}}".format, data.digits[index], [str(i) for i in range(10)])
 
 
 def checked(split: str, source: str) -> str:

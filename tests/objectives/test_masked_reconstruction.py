@@ -156,11 +156,13 @@ def slow_mae(objective: MaskedReconstruction, pixels: Tensor, valid: Tensor, hid
         embedding = part("model.modalities.image.projection.")
         x = patches[seen] @ embedding["weight"].T + embedding["bias"] + slow_places(coords[seen], 16)
         prefix = weights.get("model.encoder.prefix_tokens", torch.zeros(1, 0, 16))[0]
-        x = slow_transformer(torch.cat([prefix, x]), part("model.encoder."), 2, 2)[len(prefix) :]
+        x = slow_transformer(torch.cat([prefix, x]), part("model.encoder."), 2, 2)
         x = x @ weights["decoder_input.weight"].T + weights["decoder_input.bias"]
+        x, class_token = x[len(prefix) :], x[: min(len(prefix), 1)]  # registers end here
         places = [n for n in range(PATCHES) if keep[n]]
         rows = [x[seen.index(n)] if n in seen else weights["decoder_mask_token"] for n in places]
-        x = slow_transformer(torch.stack(rows) + slow_places(coords[places], 8), part("decoder."), 1, 2)
+        x = torch.cat([class_token, torch.stack(rows) + slow_places(coords[places], 8)])
+        x = slow_transformer(x, part("decoder."), 1, 2)[len(class_token) :]
         x = x @ weights["reconstruction_heads.image.weight"].T + weights["reconstruction_heads.image.bias"]
         for n in range(PATCHES):
             if hide[n]:
@@ -284,11 +286,14 @@ def test_decoder_gets_each_token_and_each_mask_token_at_its_own_place(monkeypatc
     mask = mask_of(objective, tokens)
     inputs: list[tuple[Tensor, ...]] = []
 
-    def decoder(*args: Tensor) -> EncoderOutput:
+    def decoder(*args: Tensor, prefix: Tensor) -> EncoderOutput:
+        assert prefix.shape[1] == 0
         inputs.append(args)
         return EncoderOutput(args[0], args[0][:, :0])
 
-    monkeypatch.setattr(objective, "encode", lambda modality, seen: place_code(seen.coords, 16))
+    monkeypatch.setattr(
+        objective, "encode", lambda modality, seen: (place_code(seen.coords, 16), seen.coords.new_zeros(4, 0, 16))
+    )
     monkeypatch.setattr(objective.decoder, "forward", decoder)
     monkeypatch.setattr(objective, "decoder_input", nn.Identity())
     reconstruct(objective, tokens)

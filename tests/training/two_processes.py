@@ -1,4 +1,4 @@
-"""Run by two processes: each reads half of a batch whose halves differ in length; gradients must be those of the whole."""
+"""Two processes read half of a batch each, of different lengths; gradients must be those of the whole batch."""
 
 import sys
 from pathlib import Path
