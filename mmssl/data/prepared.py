@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -42,9 +41,9 @@ class PreparedSamples(Dataset):
         raise ValueError(f"none of {len(self)} samples could be read; the last was {self.samples.name(failed[-1])}")
 
     def collate(self, items: Sequence[tuple[dict[str, Tensor], list[int]]]) -> dict[str, Any]:
-        """The modality's batch as "inputs", and the positions of unreadable samples as "failed"."""
+        """The modality's batch as "inputs", and the positions of unreadable samples, a list of int, as "failed"."""
         failed = [position for _, positions in items for position in positions]
         return {
             "inputs": self.modality.collate([sample for sample, _ in items]),
-            "failed": torch.tensor(failed, dtype=torch.long),
+            "failed": failed,
         }

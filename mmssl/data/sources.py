@@ -172,7 +172,9 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
         number = {value: position for position, value in enumerate(values)}
         labels = np.array([number[value] for value in column_values])
         classes = [names[value] if names and value is not None and value >= 0 else str(value) for value in values]
-    return Samples(values=table[column], name=partial(row_name, arguments.source, rows), labels=labels, classes=classes)
+    return Samples(
+        values=table[column], name=partial(row_name, str(arguments.source), rows), labels=labels, classes=classes
+    )
 
 
 def row_name(source: str, rows: np.ndarray, i: int) -> str:

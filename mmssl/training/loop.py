@@ -3,18 +3,17 @@
 import importlib.metadata
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin
-from torch import nn
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -23,13 +22,21 @@ from mmssl.discovery import options_of
 from mmssl.encoder import EncoderConfig
 from mmssl.modalities.base import Modality
 from mmssl.modeling import MMSSLConfig, MMSSLModel
-from mmssl.objectives.base import Objective
+from mmssl.objectives.base import Objective, ObjectiveOutput
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 from mmssl.training.arguments import TrainArguments
-from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, save_checkpoint, step_folders
+from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, save_checkpoint
 from mmssl.training.randomness import keyed_generator
 from mmssl.training.run import save_heads
 from mmssl.training.schedule import learning_rate
+from mmssl.training.setup import (
+    check_output_dir,
+    count_steps,
+    device_name,
+    drop_later_lines,
+    make_loader,
+    make_optimizer,
+)
 
 METRICS = "metrics.jsonl"
 
@@ -109,212 +116,175 @@ def pretrain(
     }
     optimizer = make_optimizer(module, train)
     module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    progress = Progress()
-    accelerator.register_for_checkpointing(progress)
+    run = Run(accelerator, module, optimizer, loader, dataset, train, total_steps, record)
+    accelerator.register_for_checkpointing(run.progress)
 
     if train.resume_from_checkpoint:
         checkpoint = find_checkpoint(train.resume_from_checkpoint, output_dir)
         check_same_run(checkpoint, record)
         accelerator.load_state(str(checkpoint))
-        accelerator.print(f"Resumed from {checkpoint}: {progress.step} of {total_steps} steps are done.")
+        accelerator.print(f"Resumed from {checkpoint}: {run.progress.step} of {total_steps} steps are done.")
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        drop_later_lines(output_dir / METRICS, progress.step)
+        drop_later_lines(output_dir / METRICS, run.progress.step)
         (output_dir / RECORD).write_text(json.dumps(record, indent=2))
     if train.report_to:
         accelerator.init_trackers("mmssl")
 
-    minutes = run_steps(
-        accelerator, module, optimizer, loader, progress, total_steps, train, output_dir, record, dataset
-    )
+    run.to_the_end()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         trained = accelerator.unwrap_model(module)
         trained.model.save_pretrained(output_dir)
-        save_heads(trained, output_dir)
         MMSSLProcessor(MMSSLFeatureExtractor(config.modalities)).save_pretrained(output_dir)
-        record |= {"steps": progress.step, "minutes": minutes, "device": device_name(accelerator.device)}
+        record |= {"steps": total_steps, "minutes": run.minutes, "device": device_name(accelerator.device)}
         (output_dir / RECORD).write_text(json.dumps(record, indent=2))
+        save_heads(trained, output_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
 
 
-def run_steps(
-    accelerator: Accelerator,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
-    progress: Progress,
-    total_steps: int,
-    train: TrainArguments,
-    output_dir: Path,
-    record: dict[str, Any],
-    dataset: PreparedSamples,
-) -> float:
-    """Train until ``total_steps`` optimiser steps are done; returns the minutes it took."""
-    module.train()
-    batch_size = train.per_device_train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
-    warmup = round(train.warmup_ratio * total_steps)
-    bar = tqdm(
-        total=total_steps,
-        initial=progress.step,
-        unit="step",
-        disable=not accelerator.is_local_main_process,
-        mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
-    )
-    failed: set[int] = set()
-    started = time.perf_counter()
-    window_start, window_steps, waited = started, 0, 0.0
-    micro_losses: list[torch.Tensor] = []
+@dataclass
+class Run:
+    """A run between its first step and its last.
 
-    while progress.step < total_steps:
-        batches: Any = accelerator.skip_first_batches(loader, progress.batch) if progress.batch else loader
-        batches.set_epoch(progress.epoch)
-        asked = time.perf_counter()
-        for batch in batches:
-            waited += time.perf_counter() - asked
-            progress.batch += 1
-            failed.update(batch["failed"].tolist())
-            rate = learning_rate(
-                progress.step,
-                total_steps,
-                warmup,
-                train.learning_rate,
-                train.min_learning_rate,
-                train.lr_scheduler_type,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            generator = keyed_generator(
-                accelerator.device, train.seed, progress.epoch, progress.batch, accelerator.process_index
-            )
-            with accelerator.accumulate(module):
-                out = module(batch["inputs"], generator)
-                accelerator.backward(out.loss)
-                if accelerator.sync_gradients:
-                    limit = train.max_grad_norm or math.inf  # the norm is logged, clipped or not
-                    norm = float(accelerator.clip_grad_norm_(module.parameters(), limit) or 0.0)
-                optimizer.step()
-                optimizer.zero_grad()
-            micro_losses.append(out.loss.detach())
-            if accelerator.sync_gradients:
-                progress.step += 1
-                window_steps += 1
-                accelerator.unwrap_model(module).after_step(progress.step / total_steps)
-                if progress.step % train.logging_steps == 0 or progress.step == total_steps:
-                    loss = accelerator.reduce(torch.stack(micro_losses).mean(), reduction="mean").item()
-                    elapsed = time.perf_counter() - window_start
-                    metrics = {
-                        "step": progress.step,
-                        "epoch": progress.epoch + progress.batch / len(loader),
-                        "loss": loss,
-                        "learning_rate": rate,
-                        "grad_norm": norm,
-                        **{name: value.item() for name, value in out.metrics.items()},
-                        "samples_per_second": window_steps * batch_size / elapsed,
-                        "data_wait": waited / elapsed,
-                    }
-                    log(accelerator, output_dir, metrics)
-                    bar.set_postfix_str(
-                        f"loss {loss:.4f}, {metrics['samples_per_second']:.0f} samples/s", refresh=False
-                    )
-                    if not math.isfinite(loss):
-                        raise FloatingPointError(
-                            f"the loss is {loss} at step {progress.step}; lower train.learning_rate or set "
-                            "train.max_grad_norm, and resume from the last checkpoint"
-                        )
-                    window_start, window_steps, waited = time.perf_counter(), 0, 0.0
-                micro_losses.clear()
-                bar.update()
-                if train.checkpointing_steps and progress.step % train.checkpointing_steps == 0:
-                    save_checkpoint(accelerator, output_dir, progress.step, record, train.checkpoints_total_limit)
-                if progress.step >= total_steps:
-                    break
+    Attributes:
+        total_steps: optimiser steps of the whole run.
+        record: what the run is; goes into every checkpoint.
+        failed: positions of samples that could not be read.
+        losses: of the batches since the last optimiser step.
+        logged: time of the last line of metrics, and ``logged_step`` its step.
+        waited: seconds spent waiting for batches since then.
+        minutes: duration of the run, when it has ended.
+    """
+
+    accelerator: Accelerator
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loader: DataLoader
+    dataset: PreparedSamples
+    train: TrainArguments
+    total_steps: int
+    record: dict[str, Any]
+    progress: Progress = field(default_factory=Progress)
+    failed: set[int] = field(default_factory=set)
+    losses: list[Tensor] = field(default_factory=list)
+    logged: float = 0.0
+    logged_step: int = 0
+    waited: float = 0.0
+    minutes: float = 0.0
+
+    def to_the_end(self) -> None:
+        """Train until ``total_steps`` optimiser steps are done."""
+        accelerator, train, progress = self.accelerator, self.train, self.progress
+        self.module.train()
+        bar = tqdm(
+            total=self.total_steps,
+            initial=progress.step,
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+            mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
+        )
+        started = self.logged = time.perf_counter()
+        self.logged_step = progress.step
+        while progress.step < self.total_steps:
+            batches: Any = self.loader
+            if progress.batch:
+                batches = accelerator.skip_first_batches(self.loader, progress.batch)
+            batches.set_epoch(progress.epoch)
             asked = time.perf_counter()
-        else:
-            progress.epoch, progress.batch = progress.epoch + 1, 0
-    bar.close()
-    if failed:
-        names = "\n  ".join(dataset.samples.name(position) for position in sorted(failed)[:10])
-        accelerator.print(
-            f"{len(failed)} of {len(dataset)} samples could not be read and were skipped, among them:\n  {names}"
+            for batch in batches:
+                self.waited += time.perf_counter() - asked
+                progress.batch += 1
+                self.failed.update(batch["failed"])
+                out, rate, norm = self.train_batch(batch["inputs"])
+                if accelerator.sync_gradients:
+                    progress.step += 1
+                    accelerator.unwrap_model(self.module).after_step(progress.step / self.total_steps)
+                    if progress.step % train.logging_steps == 0 or progress.step == self.total_steps:
+                        bar.set_postfix_str(self.log(out, rate, norm), refresh=False)
+                    self.losses.clear()
+                    bar.update()
+                    if train.checkpointing_steps and progress.step % train.checkpointing_steps == 0:
+                        output_dir, limit = Path(train.output_dir), train.checkpoints_total_limit
+                        save_checkpoint(accelerator, output_dir, progress.step, self.record, limit)
+                    if progress.step >= self.total_steps:
+                        break
+                asked = time.perf_counter()
+            else:
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+        bar.close()
+        self.minutes = (time.perf_counter() - started) / 60
+        self.report_failed()
+
+    def train_batch(self, inputs: dict[str, Tensor]) -> tuple[ObjectiveOutput, float, Any]:
+        """Forward, backward and, where accumulation ends, an optimiser step; also its rate and the gradient's norm."""
+        accelerator, train, progress = self.accelerator, self.train, self.progress
+        warmup = round(train.warmup_ratio * self.total_steps)
+        rate = learning_rate(
+            progress.step,
+            self.total_steps,
+            warmup,
+            train.learning_rate,
+            train.min_learning_rate,
+            train.lr_scheduler_type,
         )
-    return (time.perf_counter() - started) / 60
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        rank = accelerator.process_index
+        generator = keyed_generator(accelerator.device, train.seed, progress.epoch, progress.batch, rank)
+        norm: Any = 0.0
+        with accelerator.accumulate(self.module):
+            out = self.module(inputs, generator)
+            accelerator.backward(out.loss)
+            if accelerator.sync_gradients:
+                limit = train.max_grad_norm or math.inf  # the norm is logged, clipped or not
+                norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.losses.append(out.loss.detach())
+        return out, rate, norm
 
+    def log(self, out: ObjectiveOutput, rate: float, norm: Any) -> str:
+        """Write a line of metrics.jsonl and to the trackers; returns what the progress bar shows.
 
-def check_output_dir(output_dir: Path, train: TrainArguments) -> None:
-    """Refuse a file, and a folder that holds another run, before anything is computed."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir: {output_dir} is a file; expected a folder, or a name that is free")
-    if train.resume_from_checkpoint or not ((output_dir / RECORD).exists() or step_folders(output_dir)):
-        return
-    if not train.overwrite_output_dir:
-        raise ValueError(
-            f"output_dir: {output_dir} holds another run; resume it with --train.resume_from_checkpoint latest, "
-            "delete it with --train.overwrite_output_dir true, or choose another folder"
-        )
-    shutil.rmtree(output_dir, ignore_errors=True)  # every process may try
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        accelerator, train, progress = self.accelerator, self.train, self.progress
+        loss = accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean").item()
+        now = time.perf_counter()
+        batch_size = train.per_device_train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
+        metrics = {
+            "step": progress.step,
+            "epoch": progress.epoch + progress.batch / len(self.loader),
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": float(norm),
+            **{name: value.item() for name, value in out.metrics.items()},
+            "samples_per_second": (progress.step - self.logged_step) * batch_size / (now - self.logged),
+            "data_wait": self.waited / (now - self.logged),
+        }
+        if accelerator.is_main_process:
+            with (Path(train.output_dir) / METRICS).open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        accelerator.log(metrics, step=progress.step)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {progress.step}; lower train.learning_rate or set train.max_grad_norm, "
+                "and resume from the last checkpoint"
+            )
+        self.logged, self.logged_step, self.waited = now, progress.step, 0.0
+        return f"loss {loss:.4f}, {metrics['samples_per_second']:.0f} samples/s"
 
-
-def make_loader(dataset: PreparedSamples, train: TrainArguments, accelerator: Accelerator) -> DataLoader:
-    needed = train.per_device_train_batch_size * accelerator.num_processes
-    if len(dataset) < needed:
-        raise ValueError(
-            f"found {len(dataset)} samples, and one batch needs {needed}; lower train.per_device_train_batch_size"
-        )
-    return DataLoader(
-        dataset,
-        batch_size=train.per_device_train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=dataset.collate,
-        num_workers=train.dataloader_num_workers,
-        persistent_workers=train.dataloader_num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(train.seed),
-    )
-
-
-def count_steps(batches_per_epoch: int, train: TrainArguments) -> int:
-    if train.max_train_steps is not None:
-        return train.max_train_steps
-    return max(1, round(train.num_train_epochs * batches_per_epoch / train.gradient_accumulation_steps))
-
-
-def make_optimizer(module: nn.Module, train: TrainArguments) -> torch.optim.AdamW:
-    """AdamW; only weight matrices decay. Learned tokens are told by their names, as some have more than one axis."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (others if parameter.ndim <= 1 or "token" in name.rpartition(".")[2] else decayed).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-    )
-
-
-def log(accelerator: Accelerator, output_dir: Path, metrics: dict[str, float]) -> None:
-    if accelerator.is_main_process:
-        with (output_dir / METRICS).open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
-    accelerator.log(metrics, step=int(metrics["step"]))
-
-
-def drop_later_lines(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that a run resumes from."""
-    if path.exists():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(line + "\n" for line in lines))
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    def report_failed(self) -> None:
+        """Count and name the samples that could not be read, by any process."""
+        failed = sorted(set(gather_object(sorted(self.failed))))
+        if failed:
+            names = "\n  ".join(self.dataset.samples.name(position) for position in failed[:10])
+            self.accelerator.print(
+                f"{len(failed)} of {len(self.dataset)} samples could not be read and were skipped, among them:\n"
+                f"  {names}"
+            )

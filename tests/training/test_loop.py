@@ -16,7 +16,7 @@ from mmssl.encoder import EncoderConfig
 from mmssl.modalities.image import Image
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 from mmssl.training import TrainArguments, load_objective, pretrain
-from mmssl.training.loop import make_optimizer
+from mmssl.training.setup import make_optimizer
 from tests.training.tiny import run
 
 

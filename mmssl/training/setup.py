@@ -1,0 +1,83 @@
+"""What a run needs before its first step: its folder, its batches, its optimiser."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mmssl.data import PreparedSamples
+from mmssl.training.arguments import TrainArguments
+from mmssl.training.checkpoint import RECORD, step_folders
+
+
+def check_output_dir(output_dir: Path, train: TrainArguments) -> None:
+    """Refuse a file, and a folder that holds another run, before anything is computed."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"output_dir: {output_dir} is a file; expected a folder, or a name that is free")
+    if train.resume_from_checkpoint or not ((output_dir / RECORD).exists() or step_folders(output_dir)):
+        return
+    if not train.overwrite_output_dir:
+        raise ValueError(
+            f"output_dir: {output_dir} holds another run; resume it with --train.resume_from_checkpoint latest, "
+            "delete it with --train.overwrite_output_dir true, or choose another folder"
+        )
+    shutil.rmtree(output_dir, ignore_errors=True)  # every process may try
+
+
+def make_loader(dataset: PreparedSamples, train: TrainArguments, accelerator: Accelerator) -> DataLoader:
+    needed = train.per_device_train_batch_size * accelerator.num_processes
+    if len(dataset) < needed:
+        raise ValueError(
+            f"found {len(dataset)} samples, and one batch needs {needed}; lower train.per_device_train_batch_size"
+        )
+    return DataLoader(
+        dataset,
+        batch_size=train.per_device_train_batch_size,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=dataset.collate,
+        num_workers=train.dataloader_num_workers,
+        persistent_workers=train.dataloader_num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(train.seed),
+    )
+
+
+def count_steps(batches_per_epoch: int, train: TrainArguments) -> int:
+    if train.max_train_steps is not None:
+        return train.max_train_steps
+    return max(1, round(train.num_train_epochs * batches_per_epoch / train.gradient_accumulation_steps))
+
+
+def make_optimizer(module: nn.Module, train: TrainArguments) -> torch.optim.AdamW:
+    """AdamW; only weight matrices decay. Learned tokens are told by their names, as some have more than one axis."""
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (others if parameter.ndim <= 1 or "token" in name.rpartition(".")[2] else decayed).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+    )
+
+
+def drop_later_lines(path: Path, step: int) -> None:
+    """Forget what was logged after the checkpoint that a run resumes from."""
+    if path.exists():
+        lines = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
