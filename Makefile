@@ -35,4 +35,4 @@ bench: $(INSTALLED)  ## step time beside transformers, and the share of time spe
 	$(BIN)/python benchmarks/step_time.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -22,6 +22,7 @@ from mmssl.cli import pretrain_parser, with_source
 from mmssl.data import DataArguments
 from mmssl.evaluation import PROTOCOLS, evaluate, print_scores
 from mmssl.training import pretrain
+from mmssl.training.checkpoint import step_folders
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results.jsonl"
@@ -38,10 +39,10 @@ def main() -> None:
     base, runs = config.train.output_dir, []
     for seed in config.seeds:
         config.train.seed, config.train.output_dir = seed, f"{base}/seed{seed}"
+        # What an earlier call has left is gone on with, where it is of the same configuration.
+        config.train.resume_from_checkpoint = "latest" if step_folders(Path(config.train.output_dir)) else None
         given = parser.instantiate(config)
-        runs.append(Path(config.train.output_dir))
-        if not (runs[-1] / "objective.safetensors").is_file():  # written when a run has ended
-            pretrain(given.modality, given.objective, given.encoder, given.data, given.train)
+        runs.append(pretrain(given.modality, given.objective, given.encoder, given.data, given.train))
     scores = evaluate(runs, given.probe if given.probe.source else given.data, given.test, config.protocol)
     print_scores(scores, title=config.name)
 
@@ -56,7 +57,7 @@ def main() -> None:
                 "modality": next(iter(record["modality"])),
                 "data": config.name,
                 "objective": next(iter(record["objective"])),
-                "recipe": Path(sys.argv[sys.argv.index("--config") + 1]).stem,
+                "recipe": Path(str(config.config[0])).stem,
                 "protocol": score.protocol,
                 "row": score.row,
                 "metric": "accuracy",

@@ -10,7 +10,7 @@ The flags are those of ``mmssl pretrain``; ``--help`` lists them.
 
 from pathlib import Path
 
-from mmssl.cli import parse_pretrain
+from mmssl.cli import clear_errors, parse_pretrain
 from mmssl.evaluation import report
 from mmssl.training import load_objective, pretrain
 
@@ -22,4 +22,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors(Path(__file__).name):
+        main()

@@ -9,7 +9,7 @@ The flags are those of ``mmssl pretrain``; ``--help`` lists them.
 
 from pathlib import Path
 
-from mmssl.cli import parse_pretrain
+from mmssl.cli import clear_errors, parse_pretrain
 from mmssl.evaluation import report
 from mmssl.training import load_objective, pretrain
 
@@ -21,4 +21,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors(Path(__file__).name):
+        main()

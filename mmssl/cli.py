@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def parse_pretrain(arguments: Sequence[str] | None = None, recipe: str | Path | 
     """Keyword arguments of ``pretrain`` from flags; ``recipe`` gives the defaults where ``--config`` is not used."""
     parser = pretrain_parser()
     given = with_source(sys.argv[1:] if arguments is None else arguments)
-    if recipe is not None and "--config" not in given:
+    if recipe is not None and not any(flag.partition("=")[0] == "--config" for flag in given):
         given = ["--config", str(recipe), *given]
     config = parser.instantiate(parser.parse_args(given))
     return {name: value for name, value in vars(config).items() if name != "config"}
@@ -94,9 +95,12 @@ def list_command(arguments: Sequence[str]) -> None:
 
 def pretrain_command(arguments: Sequence[str]) -> None:
     """Pretrain an encoder on unlabelled data."""
+    from accelerate import PartialState
+
     from mmssl.training import pretrain
 
-    print(f"The model is in {pretrain(**parse_pretrain(arguments))}")
+    run = pretrain(**parse_pretrain(arguments))
+    PartialState().print(f"The model is in {run}")
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -116,7 +120,14 @@ def main() -> None:
         return
     if command not in COMMANDS:
         sys.exit(f"mmssl: unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
-    try:
+    with clear_errors(f"mmssl {command}"):
         COMMANDS[command](arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"mmssl {command}: {error}")
+
+
+@contextmanager
+def clear_errors(name: str) -> Iterator[None]:
+    """What is wrong with the input or the machine is said without a traceback; our own mistakes keep theirs."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        sys.exit(f"{name}: {error}")

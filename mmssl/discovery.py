@@ -21,12 +21,14 @@ def find(package: str, name: str, base: type) -> type:
     if name not in names(package):
         raise ValueError(f"unknown name {name!r} in mmssl.{package}; available: {', '.join(names(package))}")
     module = importlib.import_module(f"mmssl.{package}.{name}")
-    (found,) = [
+    found = [
         value
         for value in vars(module).values()
         if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
     ]
-    return found
+    if len(found) != 1:
+        raise ValueError(f"{module.__file__}: found {len(found)} subclasses of {base.__name__}; expected one")
+    return found[0]
 
 
 def find_all(package: str, base: type) -> dict[str, type]:

@@ -222,7 +222,8 @@ class Encoder(nn.Module):
             keep_layers: blocks (from 1) whose outputs are returned too.
             prefix: (B, number, D) tokens to put first. None: the encoder's own class and register tokens.
         """
-        hidden = content + position.to(content.dtype)
+        dtype = self.norm.weight.dtype  # the residual stream keeps the precision of the weights under autocast
+        hidden = content.to(dtype) + position.to(dtype)
         if prefix is None and self.num_prefix_tokens:
             prefix = self.prefix_tokens.expand(len(hidden), -1, -1)
         first = 0 if prefix is None else prefix.shape[1]
@@ -247,6 +248,8 @@ class Encoder(nn.Module):
         padded = nn.functional.pad(valid, (prefix, 0), value=True)
         if edges is None:
             return create_bidirectional_mask(config=cast(Any, self.config), inputs_embeds=hidden, attention_mask=padded)
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"edges need the attention of sdpa or eager; found {self.config._attn_implementation!r}")
         batch, length = valid.shape
         source, target = edges
         allowed = torch.zeros(batch, length, length, dtype=torch.bool, device=valid.device)

@@ -44,7 +44,7 @@ class MMSSLConfig(PreTrainedConfig, EncoderConfig):
 
     def __post_init__(self, **kwargs):
         self.modalities = {
-            name: make_modality(name, options).options() for name, options in (self.modalities or {}).items()
+            name: make_modality(name, options).options() for name, options in sorted((self.modalities or {}).items())
         }
         super().__post_init__(**kwargs)
 

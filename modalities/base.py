@@ -1,5 +1,6 @@
 """Modality: from raw samples to Tokens, and whatever else depends on what the data are."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
@@ -107,7 +108,8 @@ class Modality(nn.Module):
             raise ValueError(f"{self.name} has no mask style {style!r}; it offers: {', '.join(self.mask_styles)}")
         order = self.hiding_order(tokens, generator, style).masked_fill(~tokens.valid, torch.inf)
         count = tokens.valid.sum(dim=1)
-        visible = (count.double() * (1 - ratio)).long().clamp(min=1).minimum((count - 1).clamp(min=1))
+        exact = torch.float32 if count.device.type == "mps" else torch.float64  # MPS has no other
+        visible = (count.to(exact) * (1 - ratio)).long().clamp(min=1).minimum((count - 1).clamp(min=1))
         rank = order.argsort(dim=1).argsort(dim=1)
         return Mask.from_hidden(rank < (count - visible)[:, None], tokens.valid)
 
@@ -180,13 +182,15 @@ def number_array(sample: Any) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "b" else array.astype(array.dtype.newbyteorder("="))
 
 
-def block_order(tokens: Tokens, longest: Sequence[int], generator: torch.Generator, blocks: int = 128) -> Tensor:
+def block_order(tokens: Tokens, longest: Sequence[int], generator: torch.Generator) -> Tensor:
     """Hiding order (B, N) by blocks: random boxes are laid one after the other and hide what they cover.
 
     Each box begins at a random place of the row's extent and has sides drawn from 1 to ``longest`` (one per axis),
     cut at the border (Atito et al., GMML, 2022). What one box covers is hidden before what the next one covers.
     """
     coords, valid = tokens.coords, tokens.valid[..., None]
+    # Enough to cover nearly everything: as many boxes as it takes to lay out the row four times.
+    blocks = max(32, round(4 * coords.shape[1] / math.prod((1 + side) / 2 for side in longest)))
     low = coords.masked_fill(~valid, torch.inf).amin(dim=1)[:, None]  # (B, 1, P)
     extent = coords.masked_fill(~valid, -torch.inf).amax(dim=1)[:, None] - low + 1
 

@@ -117,7 +117,7 @@ class Image(Modality):
     def prepare(self, sample: Any) -> dict[str, Tensor]:
         """Decode a path, bytes, a ``{"bytes", "path"}`` record, a PIL image or an array (H, W), (H, W, C), (C, H, W).
 
-        Arrays of integers are divided by the greatest value of their type; arrays of floats lie between 0 and 1.
+        Arrays of uint8 and uint16 are divided by the greatest value of their type; floats lie between 0 and 1.
         """
         if isinstance(sample, dict):
             sample = file_of(sample)
@@ -129,7 +129,7 @@ class Image(Modality):
                 if sample.format == "JPEG":  # decode at a fraction of the size where that is enough
                     sample.draft(None, (2 * self.image_size[1], 2 * self.image_size[0]))
                 sample.load()
-            except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+            except Exception as error:  # PIL's decoders raise nearly anything at a corrupt file
                 raise ValueError(f"not a readable image ({error}); expected an intact image file") from error
         pixels = self.from_pil(sample) if isinstance(sample, PILImage.Image) else self.from_array(sample)
         if not pixels.isfinite().all():
@@ -157,9 +157,12 @@ class Image(Modality):
         return pixels.reshape(height, width, self.num_channels).permute(2, 0, 1)
 
     def from_array(self, array: Any) -> Tensor:
-        pixels = torch.from_numpy(number_array(array))
-        if not pixels.is_floating_point():
-            pixels = pixels.float() / torch.iinfo(pixels.dtype).max
+        values = number_array(array)
+        if values.dtype.kind in "iu":
+            if values.dtype.itemsize > 2:  # of such types the greatest value says nothing about white
+                raise ValueError(f"found an array of {values.dtype}; expected uint8, uint16, or floats from 0 to 1")
+            values = values.astype(np.float32) / np.iinfo(values.dtype).max
+        pixels = torch.from_numpy(values)
         if pixels.dim() == 2:
             pixels = pixels[None]
         elif pixels.dim() == 3 and pixels.shape[-1] == self.num_channels:
@@ -288,9 +291,11 @@ class Image(Modality):
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, mirror, turn, change colours and blur, with kornia on the whole batch at once."""
-        from kornia import augmentation
-
-        pixels = batch["pixel_values"]
+        try:
+            from kornia import augmentation
+        except ImportError as error:
+            raise ImportError('views of images need kornia: pip install "mmssl[image]"') from error
+        pixels = batch["pixel_values"].float()
         size = (pixels.shape[2], pixels.shape[3])
         steps: dict[str, Any] = {}
         if self.crop_scale != (1.0, 1.0):
@@ -313,7 +318,8 @@ class Image(Modality):
         pixels = pixels * std + mean
         parameters: dict[str, Tensor] = {}
         devices = [pixels.device] if pixels.is_cuda else []
-        with torch.random.fork_rng(devices=devices):  # kornia only knows the global generator
+        # kornia only knows the global generator, and in bf16 its grids would miss their pixels.
+        with torch.random.fork_rng(devices=devices), torch.autocast(pixels.device.type, enabled=False):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=pixels.device)))
             for name, step in steps.items():
                 pixels = step(pixels)

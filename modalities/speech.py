@@ -24,7 +24,7 @@ class Speech(Modality):
         win_length: length of the Hann window, in samples.
         hop_length: samples from one frame to the next.
         rms_level: loudness that waveforms are scaled to, in dB of the root mean square. None: as they are.
-        max_seconds: longer clips are cut: at random in a view, else after this time.
+        max_seconds: in training, longer clips are cut: at random in a view, else after this time.
         distance: "l1" (TERA) or "l2" error of an element of a frame.
         time_ratio: share of frames altered in time, as in ``round(frames * time_ratio / time_width)`` blocks.
         time_width: frames of a block altered in time, and longest hidden block of the mask style "block".
@@ -70,6 +70,10 @@ class Speech(Modality):
         self.time_ratio, self.time_width, self.frequency_ratio = time_ratio, time_width, frequency_ratio
         self.noise_probability, self.noise_std = noise_probability, noise_std
         self.crop_scale, self.gain, self.speed = tuple(crop_scale), gain, speed
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale: found {crop_scale}; expected least and greatest share, above 0, at most 1")
+        if not 0 <= speed < 1:
+            raise ValueError(f"speed: found {speed}; expected a share from 0 to below 1")
         self.view_noise = None if view_noise is None else tuple(view_noise)
 
     def build(self, width: int) -> Self:
@@ -79,8 +83,10 @@ class Speech(Modality):
     def prepare(self, sample: Any) -> dict[str, Tensor]:
         """Decode, mix down, resample and scale a path, bytes, a ``{"bytes", "path"}`` record, a
         ``{"array", "sampling_rate"}`` record, or an array (samples,) or (channels, samples) at ``sampling_rate``."""
-        from torchaudio.functional import resample
-
+        try:
+            from torchaudio.functional import resample
+        except ImportError as error:
+            raise ImportError('speech needs torchaudio and soundfile: pip install "mmssl[speech]"') from error
         wave, rate = self.decode(sample)
         if not wave.isfinite().all():
             raise ValueError("found NaN or infinite samples; expected finite values")
@@ -112,7 +118,9 @@ class Speech(Modality):
             return decode_audio(sample)
         wave = torch.from_numpy(number_array(sample))
         if not wave.is_floating_point():
-            wave = wave.float() / torch.iinfo(wave.dtype).max
+            if wave.dtype not in (torch.int16, torch.int32):
+                raise ValueError(f"found an array of {wave.dtype}; expected int16, int32 or floats from -1 to 1")
+            wave = wave.float() / (torch.iinfo(wave.dtype).max + 1)
         if wave.dim() not in (1, 2):
             raise ValueError(f"found an array of shape {tuple(wave.shape)}; expected (samples,) or (channels, samples)")
         return wave.float(), rate
@@ -136,8 +144,10 @@ class Speech(Modality):
                 f"input_values: found shape {tuple(waves.shape)} and an attention_mask of {tuple(attention.shape)}; "
                 "expected (batch, samples) for both"
             )
-        limit = int(self.max_seconds * self.sampling_rate)
-        waves, attention = waves[:, :limit].float(), attention[:, :limit]
+        if self.training:
+            limit = int(self.max_seconds * self.sampling_rate)
+            waves, attention = waves[:, :limit], attention[:, :limit]
+        waves = waves.float()
         length = attention.sum(dim=1)
         half = self.n_fft // 2
         index = torch.arange(-half, waves.shape[1] + half, device=waves.device).abs()

@@ -157,7 +157,7 @@ class MaskedReconstruction(Objective):
         if out.index is not None:
             target = gather(target, out.index)
         loss, weight = modality.reconstruction_loss(out.prediction, target, out.where)
-        return ObjectiveOutput(loss=global_mean(loss, weight), embedding=out.seen.pool(out.encoded).detach())
+        return ObjectiveOutput(loss=global_mean(loss, weight), embedding=out.seen.pool(out.encoded.detach()))
 
     def reconstruct(self, modality: Modality, clean: Tokens, generator: torch.Generator) -> "Reconstruction":
         """Corrupt, encode, decode and predict."""

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "evaluation": USERS,
     "mmssl": {"modeling", "processing", "version"},  # mmssl/__init__.py: what `import mmssl` brings
     "cli": EVERYTHING,
+    "__main__": {"cli"},
     "examples": EVERYTHING,
     "benchmarks": EVERYTHING,
 }

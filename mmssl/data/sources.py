@@ -153,7 +153,10 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
     try:
         table = datasets.load_dataset(loader, split=split, **options)
     except Exception as error:  # datasets raises many kinds; each becomes the one error that names the source
-        raise ValueError(f"data.source: cannot load {arguments.source} ({type(error).__name__}: {error})") from error
+        raise ValueError(
+            f"data.source: cannot load {arguments.source} ({type(error).__name__}: {error}); expected an intact "
+            "parquet file, a folder that exists here, or the name of a data set on the Hub"
+        ) from error
     for name, feature in table.features.items():
         if hasattr(feature, "decode") and isinstance(feature, datasets.Image | datasets.Audio):
             table = table.cast_column(name, type(feature)(decode=False))
@@ -166,7 +169,7 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
     labels, classes = None, []
     if label_column is not None:
         names = getattr(table.features[label_column], "names", None)
-        column_values = list(table[label_column])
+        column_values = table[label_column][:]
         # A missing label is a class of its own; -1 is how data sets mark one in a column of class labels.
         values = sorted(set(column_values), key=lambda value: (value is None, value))
         number = {value: position for position, value in enumerate(values)}

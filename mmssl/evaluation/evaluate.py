@@ -1,7 +1,7 @@
 """Score checkpoints beside raw features and untrained encoders, on the same probe."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,14 +10,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.model_selection import train_test_split
-from torch import Tensor
 from transformers import AutoModel
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
 from mmssl.data.sources import BUILTIN
 from mmssl.evaluation.features import extract, pooled
 from mmssl.evaluation.protocols import PROTOCOLS
-from mmssl.modalities.base import Batch, Modality
+from mmssl.modalities.base import Modality
 from mmssl.modeling import MMSSLModel
 
 
@@ -52,8 +51,8 @@ def evaluate(
     Args:
         checkpoints: folders or Hub names of pretrained models, one for each seed.
         data: labelled samples that the probes are fitted on.
-        test: labelled samples that they are tested on. None: the split "test" of ``data`` where it has one, else a
-            stratified fifth of ``data`` that is held out.
+        test: labelled samples that they are tested on. None: the split "test" of data that come with the packages, and
+            of others a stratified fifth that is held out.
         protocols: names of ``PROTOCOLS``.
         modality: which modality of a model that has several.
 
@@ -62,31 +61,40 @@ def evaluate(
     """
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {', '.join(PROTOCOLS)}")
+    if not checkpoints:
+        raise ValueError("checkpoints: found none; expected at least one folder or Hub name")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [load_model(checkpoint) for checkpoint in checkpoints]
-    for model in models:
+    if any(model.config.modalities != models[0].config.modalities for model in models):
+        raise ValueError("checkpoints: their modalities have other options; expected seeds of one recipe")
+    untrained = [fresh(model, seed) for seed, model in enumerate(models)]
+    for model in (*models, *untrained):
         torch.nn.Module.to(model, device)
     names = list(models[0].adapters)
-    if modality is None and len(names) > 1:
-        raise ValueError(f"modality: the model has {', '.join(names)}; say which one the data are of")
+    if (modality is None and len(names) > 1) or (modality is not None and modality not in names):
+        raise ValueError(f"modality: found {modality}; the model has {', '.join(names)}: say which one the data are of")
     adapter = models[0].adapters[modality or names[0]]
     train_samples, test_samples = labelled_pair(data, test, adapter)
-    train_set, test_set = PreparedSamples(train_samples, adapter), PreparedSamples(test_samples, adapter)
-
     labels, test_labels = check_labels(train_samples, "data"), check_labels(test_samples, "test")
-    untrained = [fresh(model, seed) for seed, model in enumerate(models)]
-    rows: dict[str, list[Callable[[Batch], Tensor]]] = {
-        "raw": [adapter.raw_features],
-        "untrained": [pooled(model) for model in untrained],
-        "pretrained": [pooled(model) for model in models],
+
+    rows = ["raw"] + ["untrained"] * len(models) + ["pretrained"] * len(models)
+    extractors = [adapter.raw_features, *(pooled(model) for model in (*untrained, *models))]
+    fits = extract(PreparedSamples(train_samples, adapter), extractors, device)
+    held_out = extract(PreparedSamples(test_samples, adapter), extractors, device)
+    scores = {
+        (row, protocol): Score(protocol, row, [], len(labels), len(test_labels))
+        for row in dict.fromkeys(rows)
+        for protocol in protocols
     }
-    scores = []
-    for row, extractors in rows.items():
-        pairs = [(extract(train_set, each, device), extract(test_set, each, device)) for each in extractors]
+    for row, features, test_features in zip(rows, fits, held_out, strict=True):
         for protocol in protocols:
-            values = [PROTOCOLS[protocol](fit, labels, held_out, test_labels) for fit, held_out in pairs]
-            scores.append(Score(protocol, row, values, len(train_samples), len(test_samples)))
-    return scores
+            try:
+                score = PROTOCOLS[protocol](features, labels, test_features, test_labels)
+            except ValueError as error:
+                fewest = np.unique(labels, return_counts=True)[1].min()
+                raise ValueError(f"protocol {protocol}: {error} (the rarest class has {fewest} samples)") from error
+            scores[row, protocol].values.append(score)
+    return list(scores.values())
 
 
 def load_model(checkpoint: str | Path) -> MMSSLModel:
@@ -111,26 +119,38 @@ def fresh(model: MMSSLModel, seed: int) -> MMSSLModel:
 
 def labelled_pair(data: DataArguments, test: DataArguments | None, modality: Modality) -> tuple[Samples, Samples]:
     """Training and test samples; checks that both have the same classes."""
-    train_samples = load_samples(data, modality)
+    train_samples = readable(load_samples(data, modality), data, modality)
     if test is not None and test.source is not None:
-        test_samples = load_samples(test, modality)
+        test_samples = readable(load_samples(test, modality), test, modality)
     elif data.source in BUILTIN and data.split == "train":
         test_samples = load_samples(replace(data, split="test"), modality)
     else:
         labels = check_labels(train_samples, "data")
         fit, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
         train_samples, test_samples = train_samples.select(fit), train_samples.select(held_out)
-    check_labels(train_samples, "data")
+    occurring = {train_samples.classes[label] for label in np.unique(check_labels(train_samples, "data"))}
     labels = check_labels(test_samples, "test")
-    if missing := set(test_samples.classes) - set(train_samples.classes):
+    if missing := {test_samples.classes[label] for label in np.unique(labels)} - occurring:
         raise ValueError(f"test: classes {', '.join(sorted(missing)[:10])} do not occur in the training data")
     position = {name: number for number, name in enumerate(train_samples.classes)}
     test_samples.labels = np.array([position[test_samples.classes[label]] for label in labels])
     return train_samples, test_samples
 
 
+def readable(samples: Samples, arguments: DataArguments, modality: Modality) -> Samples:
+    """With ``on_error="skip"``, the samples that can be read: a substitute would have another one's label."""
+    if arguments.on_error == "raise":
+        return samples
+    dataset = PreparedSamples(samples, modality, "skip")
+    return samples.select(np.array([i for i in range(len(samples)) if not dataset[i][1]], dtype=int))
+
+
 def check_labels(samples: Samples, name: str) -> np.ndarray:
-    """The labels; a clear error where there are none or of one class."""
+    """The labels.
+
+    Raises:
+        ValueError: there are none, or they are of one class.
+    """
     if samples.labels is None:
         raise ValueError(
             f"{name}: found no labels; expected a folder with a sub-folder for each class, or a label_column"

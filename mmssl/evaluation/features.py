@@ -1,6 +1,6 @@
 """Frozen features of a whole data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -11,19 +11,21 @@ from mmssl.data import PreparedSamples
 from mmssl.modalities.base import Batch
 from mmssl.modeling import MMSSLModel
 
+Extractor = Callable[[Batch], Tensor]
+
 
 @torch.inference_mode()
-def extract(dataset: PreparedSamples, features: Callable[[Batch], Tensor], device: torch.device | str) -> np.ndarray:
-    """What ``features`` returns for each batch, (samples, F), in the order of the data set."""
-    loader = DataLoader(dataset, batch_size=256, collate_fn=dataset.collate)
-    rows = []
-    for batch in loader:
+def extract(dataset: PreparedSamples, extractors: Sequence[Extractor], device: torch.device | str) -> list[np.ndarray]:
+    """What each extractor returns for all batches, (samples, F), in the order of the data set, which is read once."""
+    rows: list[list[Tensor]] = [[] for _ in extractors]
+    for batch in DataLoader(dataset, batch_size=256, collate_fn=dataset.collate):
         inputs = {name: value.to(device) for name, value in batch["inputs"].items()}
-        rows.append(features(inputs).float().cpu())
-    return torch.cat(rows).numpy()
+        for collected, extractor in zip(rows, extractors, strict=True):
+            collected.append(extractor(inputs).float().cpu())
+    return [torch.cat(collected).numpy() for collected in rows]
 
 
-def pooled(model: MMSSLModel) -> Callable[[Batch], Tensor]:
+def pooled(model: MMSSLModel) -> Extractor:
     """The mean of the encoder's output over the valid tokens, with dropout off."""
     model.eval()
     return lambda batch: model(**batch).pooler_output

@@ -30,7 +30,8 @@ class TrainArguments:
         checkpointing_steps: optimiser steps between two checkpoints. None: only at the end.
         checkpoints_total_limit: how many checkpoints are kept, the newest ones. None: all.
         resume_from_checkpoint: folder of a checkpoint, or "latest" for the newest of output_dir.
-        activation_checkpointing: recompute the blocks in the backward pass: less memory, more time.
+        attn_implementation: attention function: "sdpa", "eager", "flash_attention_2", "flex_attention", ...
+        activation_checkpointing: recompute the encoder's blocks in the backward pass: less memory, more time.
         report_to: trackers of accelerate ("tensorboard", "trackio", "wandb", ...) beside metrics.jsonl.
     """
 
@@ -55,10 +56,11 @@ class TrainArguments:
     checkpointing_steps: int | None = None
     checkpoints_total_limit: int | None = 2
     resume_from_checkpoint: str | None = None
+    attn_implementation: str = "sdpa"
     activation_checkpointing: bool = False
-    report_to: list[str] | None = None
+    report_to: str | list[str] | None = None
 
-    # A resumed run may differ in these; everything else would make it another run.
+    # A resumed run may differ in these. A new number of steps stretches the schedule from there on.
     FREE = (
         "output_dir", "overwrite_output_dir", "num_train_epochs", "max_train_steps", "dataloader_num_workers",
         "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",

@@ -25,20 +25,19 @@ from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.base import Objective, ObjectiveOutput
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 from mmssl.training.arguments import TrainArguments
-from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, save_checkpoint
+from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, flatten, save_checkpoint
 from mmssl.training.randomness import keyed_generator
 from mmssl.training.run import save_heads
 from mmssl.training.schedule import learning_rate
 from mmssl.training.setup import (
+    METRICS,
     check_output_dir,
     count_steps,
     device_name,
-    drop_later_lines,
     make_loader,
     make_optimizer,
+    prepare_output_dir,
 )
-
-METRICS = "metrics.jsonl"
 
 
 class Progress:
@@ -46,17 +45,19 @@ class Progress:
 
     Attributes:
         step: optimiser steps done.
+        seconds: time it took, over all sessions.
         epoch: passes over the data done.
         batch: batches done in this epoch, on each process.
     """
 
     def __init__(self) -> None:
         self.step = self.epoch = self.batch = 0
+        self.seconds = 0.0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
         vars(self).update(state)
 
 
@@ -91,13 +92,17 @@ def pretrain(
     )
     check_output_dir(output_dir, train)
 
-    # The data side gets a modality of its own, without parameters, so that workers never see the trained one.
-    dataset = PreparedSamples(load_samples(data, modality), type(modality)(**modality.options()), data.on_error)
+    # The given modality has no parameters and stays on the data side; the model makes its own.
+    dataset = PreparedSamples(load_samples(data, modality), modality, data.on_error)
     loader = make_loader(dataset, train, accelerator)
     total_steps = count_steps(len(loader) // accelerator.num_processes, train)
 
     torch.manual_seed(train.seed)
-    config = MMSSLConfig(modalities={modality.name: modality.options()}, **asdict(encoder))
+    config = MMSSLConfig(
+        modalities={modality.name: modality.options()},
+        attn_implementation=train.attn_implementation,
+        **asdict(encoder),
+    )
     module = objective(MMSSLModel(config))
     if train.activation_checkpointing:
         module.model.activation_checkpointing_enable()
@@ -125,20 +130,23 @@ def pretrain(
         accelerator.load_state(str(checkpoint))
         accelerator.print(f"Resumed from {checkpoint}: {run.progress.step} of {total_steps} steps are done.")
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        drop_later_lines(output_dir / METRICS, run.progress.step)
+        prepare_output_dir(output_dir, train, run.progress.step)
         (output_dir / RECORD).write_text(json.dumps(record, indent=2))
     if train.report_to:
-        accelerator.init_trackers("mmssl")
+        accelerator.init_trackers("mmssl", config=flatten(record, "run"))
 
     run.to_the_end()
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(module)
+        trained = accelerator.unwrap_model(module, keep_torch_compile=False)
         trained.model.save_pretrained(output_dir)
         MMSSLProcessor(MMSSLFeatureExtractor(config.modalities)).save_pretrained(output_dir)
-        record |= {"steps": total_steps, "minutes": run.minutes, "device": device_name(accelerator.device)}
+        record |= {
+            "steps": total_steps,
+            "minutes": run.progress.seconds / 60,
+            "device": device_name(accelerator.device),
+        }
         (output_dir / RECORD).write_text(json.dumps(record, indent=2))
         save_heads(trained, output_dir)
     accelerator.wait_for_everyone()
@@ -157,7 +165,6 @@ class Run:
         losses: of the batches since the last optimiser step.
         logged: time of the last line of metrics, and ``logged_step`` its step.
         waited: seconds spent waiting for batches since then.
-        minutes: duration of the run, when it has ended.
     """
 
     accelerator: Accelerator
@@ -174,7 +181,6 @@ class Run:
     logged: float = 0.0
     logged_step: int = 0
     waited: float = 0.0
-    minutes: float = 0.0
 
     def to_the_end(self) -> None:
         """Train until ``total_steps`` optimiser steps are done."""
@@ -187,14 +193,14 @@ class Run:
             disable=not accelerator.is_local_main_process,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
         )
-        started = self.logged = time.perf_counter()
+        self.logged = time.perf_counter()
         self.logged_step = progress.step
         while progress.step < self.total_steps:
             batches: Any = self.loader
             if progress.batch:
                 batches = accelerator.skip_first_batches(self.loader, progress.batch)
             batches.set_epoch(progress.epoch)
-            asked = time.perf_counter()
+            asked = begun = time.perf_counter()
             for batch in batches:
                 self.waited += time.perf_counter() - asked
                 progress.batch += 1
@@ -202,12 +208,15 @@ class Run:
                 out, rate, norm = self.train_batch(batch["inputs"])
                 if accelerator.sync_gradients:
                     progress.step += 1
+                    progress.seconds += time.perf_counter() - begun
+                    begun = time.perf_counter()
                     accelerator.unwrap_model(self.module).after_step(progress.step / self.total_steps)
-                    if progress.step % train.logging_steps == 0 or progress.step == self.total_steps:
-                        bar.set_postfix_str(self.log(out, rate, norm), refresh=False)
+                    saves = bool(train.checkpointing_steps) and progress.step % train.checkpointing_steps == 0
+                    if progress.step % train.logging_steps == 0 or progress.step == self.total_steps or saves:
+                        bar.set_postfix_str(self.log(out, rate, norm), refresh=False)  # and stop if it is not finite
                     self.losses.clear()
                     bar.update()
-                    if train.checkpointing_steps and progress.step % train.checkpointing_steps == 0:
+                    if saves:
                         output_dir, limit = Path(train.output_dir), train.checkpoints_total_limit
                         save_checkpoint(accelerator, output_dir, progress.step, self.record, limit)
                     if progress.step >= self.total_steps:
@@ -216,7 +225,6 @@ class Run:
             else:
                 progress.epoch, progress.batch = progress.epoch + 1, 0
         bar.close()
-        self.minutes = (time.perf_counter() - started) / 60
         self.report_failed()
 
     def train_batch(self, inputs: dict[str, Tensor]) -> tuple[ObjectiveOutput, float, Any]:

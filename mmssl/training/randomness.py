@@ -12,7 +12,6 @@ def seed_of(*key: int | str) -> int:
 
 
 def keyed_generator(device: torch.device, *key: int | str) -> torch.Generator:
-    """A generator seeded by the key. The global one is seeded too: dropout knows no other."""
-    seed = seed_of(*key)
-    torch.manual_seed(seed)
-    return torch.Generator(device=device).manual_seed(seed)
+    """A generator seeded by the key. The global one is seeded too, by another seed: dropout knows no other."""
+    torch.manual_seed(seed_of(*key, "global"))
+    return torch.Generator(device=device).manual_seed(seed_of(*key))

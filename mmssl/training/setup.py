@@ -13,19 +13,41 @@ from mmssl.data import PreparedSamples
 from mmssl.training.arguments import TrainArguments
 from mmssl.training.checkpoint import RECORD, step_folders
 
+METRICS = "metrics.jsonl"
+
 
 def check_output_dir(output_dir: Path, train: TrainArguments) -> None:
-    """Refuse a file, and a folder that holds another run, before anything is computed."""
+    """Refuse a file, and a folder that holds another run, before anything is computed.
+
+    Raises:
+        ValueError: says what is in the way, and what to do.
+    """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"output_dir: {output_dir} is a file; expected a folder, or a name that is free")
-    if train.resume_from_checkpoint or not ((output_dir / RECORD).exists() or step_folders(output_dir)):
-        return
-    if not train.overwrite_output_dir:
+    holds_run = (output_dir / RECORD).exists() or bool(step_folders(output_dir))
+    own = train.resume_from_checkpoint and (
+        train.resume_from_checkpoint == "latest"
+        or Path(train.resume_from_checkpoint).resolve().parent == output_dir.resolve()
+    )
+    if holds_run and not own and not train.overwrite_output_dir:
         raise ValueError(
             f"output_dir: {output_dir} holds another run; resume it with --train.resume_from_checkpoint latest, "
             "delete it with --train.overwrite_output_dir true, or choose another folder"
         )
-    shutil.rmtree(output_dir, ignore_errors=True)  # every process may try
+
+
+def prepare_output_dir(output_dir: Path, train: TrainArguments, step: int) -> None:
+    """Make room for a run that stands at ``step``: delete what is to be overwritten, forget what came later."""
+    if train.overwrite_output_dir and not train.resume_from_checkpoint:
+        shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for folder in step_folders(output_dir):
+        if int(folder.name.removeprefix("step_")) > step:
+            shutil.rmtree(folder)
+    metrics = output_dir / METRICS
+    if metrics.exists():
+        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a killed run may cut one
+        metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def make_loader(dataset: PreparedSamples, train: TrainArguments, accelerator: Accelerator) -> DataLoader:
@@ -66,15 +88,6 @@ def make_optimizer(module: nn.Module, train: TrainArguments) -> torch.optim.Adam
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
     )
-
-
-def drop_later_lines(path: Path, step: int) -> None:
-    """Forget what was logged after the checkpoint that a run resumes from."""
-    if path.exists():
-        lines = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        path.write_text("".join(line + "\n" for line in lines))
 
 
 def device_name(device: torch.device) -> str:

@@ -46,4 +46,6 @@ def test_keyed_generator_seeds_the_global_one_too() -> None:
     torch.rand(7)
     own = keyed_generator(torch.device("cpu"), 5)
     assert torch.equal(first, torch.rand(3))
-    assert torch.equal(torch.rand(3, generator=own), torch.rand(3, generator=keyed_generator(torch.device("cpu"), 5)))
+    drawn = torch.rand(3, generator=own)
+    assert torch.equal(drawn, torch.rand(3, generator=keyed_generator(torch.device("cpu"), 5)))
+    assert not torch.equal(drawn, first)  # dropout must not reuse the numbers that chose the mask

@@ -1,0 +1,5 @@
+"""``python -m mmssl``, and ``accelerate launch -m mmssl pretrain ...`` for several processes."""
+
+from mmssl.cli import main
+
+main()
