@@ -27,7 +27,7 @@ class TrainArguments:
         seed: start values, order of the data, views, masks and dropout all follow from it.
         dataloader_num_workers: processes per device that prepare samples. 0: none but the main one.
         logging_steps: optimiser steps between two lines of metrics.jsonl.
-        checkpointing_steps: optimiser steps between two checkpoints. None: only at the end.
+        checkpointing_steps: optimiser steps between two checkpoints. None: none but the model at the end.
         checkpoints_total_limit: how many checkpoints are kept, the newest ones. None: all.
         resume_from_checkpoint: folder of a checkpoint, or "latest" for the newest of output_dir.
         attn_implementation: attention function: "sdpa", "eager", "flash_attention_2", "flex_attention", ...

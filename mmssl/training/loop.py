@@ -98,11 +98,8 @@ def pretrain(
     total_steps = count_steps(len(loader) // accelerator.num_processes, train)
 
     torch.manual_seed(train.seed)
-    config = MMSSLConfig(
-        modalities={modality.name: modality.options()},
-        attn_implementation=train.attn_implementation,
-        **asdict(encoder),
-    )
+    config = MMSSLConfig(modalities={modality.name: modality.options()}, **asdict(encoder))
+    config._attn_implementation = train.attn_implementation
     module = objective(MMSSLModel(config))
     if train.activation_checkpointing:
         module.model.activation_checkpointing_enable()
@@ -211,7 +208,8 @@ class Run:
                     progress.seconds += time.perf_counter() - begun
                     begun = time.perf_counter()
                     accelerator.unwrap_model(self.module).after_step(progress.step / self.total_steps)
-                    saves = bool(train.checkpointing_steps) and progress.step % train.checkpointing_steps == 0
+                    every = train.checkpointing_steps
+                    saves = every is not None and progress.step % every == 0
                     if progress.step % train.logging_steps == 0 or progress.step == self.total_steps or saves:
                         bar.set_postfix_str(self.log(out, rate, norm), refresh=False)  # and stop if it is not finite
                     self.losses.clear()
