@@ -104,7 +104,10 @@ def load_model(checkpoint: str | Path) -> MMSSLModel:
         raise ValueError(
             f"{checkpoint} holds no model (no config.json); expected the folder of a finished run, or a Hub name"
         )
-    model = AutoModel.from_pretrained(checkpoint)
+    try:
+        model = AutoModel.from_pretrained(checkpoint)
+    except OSError as error:
+        raise ValueError(f"{checkpoint}: no such folder, and no model on the Hub ({error})") from error
     if not isinstance(model, MMSSLModel):
         raise ValueError(f"{checkpoint} is a {type(model).__name__}; expected a model that mmssl has pretrained")
     return model

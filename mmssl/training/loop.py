@@ -130,7 +130,7 @@ def pretrain(
         prepare_output_dir(output_dir, train, run.progress.step)
         (output_dir / RECORD).write_text(json.dumps(record, indent=2))
     if train.report_to:
-        accelerator.init_trackers("mmssl", config=flatten(record, "run"))
+        accelerator.init_trackers("mmssl", config={key: str(value) for key, value in flatten(record, "run").items()})
 
     run.to_the_end()
 

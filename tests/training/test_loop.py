@@ -44,6 +44,13 @@ def test_training_changes_the_weights_and_lowers_the_loss(tmp_path: Path) -> Non
     assert all(not torch.equal(value, trained[name]) for name, value in fresh.items())
 
 
+def test_trackers_get_the_same_numbers(tmp_path: Path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    lines = run(tmp_path, max_train_steps=3, report_to="tensorboard")
+    events = accumulators.EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent)).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx([line["loss"] for line in lines])
+
+
 def test_output_dir_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir: .*file is a file; expected a folder"):
