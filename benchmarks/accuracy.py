@@ -79,7 +79,7 @@ def command() -> str:
     """The command line, with the folder of the data as the variable that users set."""
     data = os.environ.get("MMSSL_DATA")
     words = ["python", "benchmarks/accuracy.py", *sys.argv[1:]]
-    text = " ".join(f"'{word}'" if set(word) & set(" *!") else word for word in words)
+    text = " ".join(f'"{word}"' if set(word) & set(" *!") else word for word in words)  # variables stay variables
     return text.replace(data.rstrip("/"), "$MMSSL_DATA") if data else text
 
 
