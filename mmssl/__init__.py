@@ -4,15 +4,25 @@ After ``import mmssl``, ``AutoConfig``, ``AutoModel``, ``AutoProcessor`` and ``A
 load its checkpoints.
 """
 
+from importlib import import_module
+from typing import Any
+
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoProcessor
 
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 from mmssl.version import __version__
 
-__all__ = ["MMSSLConfig", "MMSSLFeatureExtractor", "MMSSLModel", "MMSSLProcessor", "__version__"]
+__all__ = ["MMSSLConfig", "MMSSLFeatureExtractor", "MMSSLModel", "MMSSLProcessor", "__version__", "pretrain"]
 
 AutoConfig.register("mmssl", MMSSLConfig, exist_ok=True)
 AutoModel.register(MMSSLConfig, MMSSLModel, exist_ok=True)
 AutoFeatureExtractor.register(MMSSLConfig, MMSSLFeatureExtractor, exist_ok=True)
 AutoProcessor.register(MMSSLConfig, MMSSLProcessor, exist_ok=True)
+
+
+def __getattr__(name: str) -> Any:
+    """``mmssl.pretrain``, loaded when it is first used: importing mmssl stays light."""
+    if name == "pretrain":
+        return import_module("mmssl.training").pretrain
+    raise AttributeError(f"module 'mmssl' has no attribute {name!r}")

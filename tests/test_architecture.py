@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "data": {*ENCODING, "modalities"},
     "training": USERS,
     "evaluation": USERS,
-    "mmssl": {"modeling", "processing", "version"},  # mmssl/__init__.py: what `import mmssl` brings
+    # mmssl/__init__.py: what `import mmssl` brings; training when first used, the test of a light import sees to that
+    "mmssl": {"modeling", "processing", "training", "version"},
     "cli": EVERYTHING,
     "__main__": {"cli"},
     "examples": EVERYTHING,
@@ -210,7 +211,7 @@ def test_the_checker_lets_what_is_allowed_pass(module: str, source: str) -> None
 
 def test_the_checker_resolves_the_imports_of_a_package() -> None:
     assert not forbidden_imports("from .modeling import MMSSLModel", "mmssl", is_package=True)
-    assert len(forbidden_imports("from .training import pretrain", "mmssl", is_package=True)) == 1
+    assert len(forbidden_imports("from .evaluation import evaluate", "mmssl", is_package=True)) == 1
     assert not forbidden_imports("from .loop import pretrain", "mmssl.training", is_package=True)
     assert len(forbidden_imports("from ..evaluation import evaluate", "mmssl.training", is_package=True)) == 1
 

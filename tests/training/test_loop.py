@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+import mmssl
 from mmssl import MMSSLConfig, MMSSLModel
 from mmssl.data import DataArguments
 from mmssl.encoder import EncoderConfig
@@ -42,6 +43,12 @@ def test_training_changes_the_weights_and_lowers_the_loss(tmp_path: Path) -> Non
     fresh = MMSSLModel(MMSSLConfig.from_pretrained(tmp_path)).state_dict()
     trained = load_file(tmp_path / "model.safetensors")
     assert all(not torch.equal(value, trained[name]) for name, value in fresh.items())
+
+
+def test_pretrain_is_at_hand_in_the_package() -> None:
+    assert mmssl.pretrain is pretrain
+    with pytest.raises(AttributeError, match="no attribute 'pretain'"):
+        _ = mmssl.pretain
 
 
 def test_trackers_get_the_same_numbers(tmp_path: Path) -> None:
