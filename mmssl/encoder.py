@@ -29,6 +29,9 @@ class EncoderConfig:
         num_attention_heads: heads per block; must divide the width.
         intermediate_size: width of the feed-forward layer. None: four times the hidden size.
         hidden_act: activation of the feed-forward layer.
+        position_every_block: add the places before every block (Point-MAE), not only to the embedded tokens.
+        residual: add the input of each sub-layer to its output. Without (GraphMAE), a token is what it has read.
+        feed_forward: give each block a feed-forward layer after its attention.
         norm_position: "pre" normalises the input of each sub-layer and the final output (ViT); "post" normalises the
             embedded tokens and the sum after each sub-layer (BERT, TERA).
         layer_norm_eps: epsilon of the layer norms.
@@ -48,6 +51,9 @@ class EncoderConfig:
     num_attention_heads: int = 3
     intermediate_size: int | None = None
     hidden_act: str = "gelu"
+    position_every_block: bool = False
+    residual: bool = True
+    feed_forward: bool = True
     norm_position: Literal["pre", "post"] = "pre"
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
@@ -156,27 +162,35 @@ class DropPath(nn.Module):
 class EncoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: EncoderConfig, drop_path: float):
         super().__init__()
-        self.pre_norm = config.norm_position == "pre"
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
+        self.pre_norm, self.residual = config.norm_position == "pre", config.residual
         width, start = config.hidden_size, config.layer_scale_init
+        self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
         self.scale1 = nn.Identity() if start is None else LayerScale(width, start)
-        self.scale2 = nn.Identity() if start is None else LayerScale(width, start)
+        self.feed_forward = config.feed_forward
+        if config.feed_forward:
+            self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.mlp = MLP(config)
+            self.scale2 = nn.Identity() if start is None else LayerScale(width, start)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, hidden_states: Tensor, attention_mask: Any) -> Tensor:
         if self.pre_norm:
             branch, _ = self.attention(self.norm1(hidden_states), attention_mask)
-            hidden_states = hidden_states + self.drop_path(self.dropout(self.scale1(branch)))
-            branch = self.mlp(self.norm2(hidden_states))
-            return hidden_states + self.drop_path(self.dropout(self.scale2(branch)))
+            hidden_states = self.add(hidden_states, self.scale1(branch))
+            if self.feed_forward:
+                hidden_states = self.add(hidden_states, self.scale2(self.mlp(self.norm2(hidden_states))))
+            return hidden_states
         branch, _ = self.attention(hidden_states, attention_mask)
-        hidden_states = self.norm1(hidden_states + self.drop_path(self.dropout(self.scale1(branch))))
-        branch = self.mlp(hidden_states)
-        return self.norm2(hidden_states + self.drop_path(self.dropout(self.scale2(branch))))
+        hidden_states = self.norm1(self.add(hidden_states, self.scale1(branch)))
+        if self.feed_forward:
+            hidden_states = self.norm2(self.add(hidden_states, self.scale2(self.mlp(hidden_states))))
+        return hidden_states
+
+    def add(self, hidden_states: Tensor, branch: Tensor) -> Tensor:
+        branch = self.drop_path(self.dropout(branch))
+        return hidden_states + branch if self.residual else branch
 
 
 class Encoder(nn.Module):
@@ -189,6 +203,8 @@ class Encoder(nn.Module):
                 f"num_attention_heads must divide hidden_size; found {config.num_attention_heads} heads "
                 f"and a hidden size of {config.hidden_size}"
             )
+        if config.drop_path_rate and not config.residual:
+            raise ValueError("drop_path_rate drops residual branches; with residual=False set it to 0")
         for name, choices in (("norm_position", ("pre", "post")), ("initializer", ("xavier_uniform", "normal"))):
             if getattr(config, name) not in choices:  # a config file is not checked against the types
                 raise ValueError(f"{name}: found {getattr(config, name)!r}; expected one of {', '.join(choices)}")
@@ -223,7 +239,9 @@ class Encoder(nn.Module):
             prefix: (B, number, D) tokens to put first. None: the encoder's own class and register tokens.
         """
         dtype = self.norm.weight.dtype  # the residual stream keeps the precision of the weights under autocast
-        hidden = content.to(dtype) + position.to(dtype)
+        hidden, position = content.to(dtype), position.to(dtype)
+        if not self.config.position_every_block:
+            hidden = hidden + position
         if prefix is None and self.num_prefix_tokens:
             prefix = self.prefix_tokens.expand(len(hidden), -1, -1)
         first = 0 if prefix is None else prefix.shape[1]
@@ -234,7 +252,10 @@ class Encoder(nn.Module):
             hidden = self.norm(hidden)
         hidden = self.dropout(hidden)
         layers = []
+        position = nn.functional.pad(position, (0, 0, first, 0))  # prefix tokens have no place
         for number, layer in enumerate(self.layers, start=1):
+            if self.config.position_every_block:
+                hidden = hidden + position
             hidden = layer(hidden, mask)
             if number in keep_layers:
                 layers.append(hidden[:, first:])

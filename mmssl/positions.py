@@ -33,3 +33,36 @@ class SinCosPositions(nn.Module):
         band = torch.arange(bands, device=coords.device, dtype=torch.float32)
         angle = coords[..., self.order, None].float() * self.temperature ** (-band / bands)
         return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+class MLPPositions(nn.Module):
+    """Learned embedding of continuous coordinates: linear, GELU, linear (Pang et al., Point-MAE, 2022).
+
+    Args:
+        width: size of the embedding.
+        axes: number of coordinates P.
+        hidden_size: width of the hidden layer.
+        gated: multiply by a learned number that starts at 0, so that places do not drown the contents before training
+            has found a use for them.
+    """
+
+    def __init__(self, width: int, axes: int, hidden_size: int = 128, gated: bool = False):
+        super().__init__()
+        self.fc1 = nn.Linear(axes, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, width)
+        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
+
+    def forward(self, coords: Tensor) -> Tensor:
+        position = self.fc2(nn.functional.gelu(self.fc1(coords.to(self.fc1.weight.dtype))))
+        return position if self.gate is None else self.gate * position
+
+
+class NoPositions(nn.Module):
+    """Zeros: tokens that have no place."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, coords: Tensor) -> Tensor:
+        return coords.new_zeros(*coords.shape[:-1], self.width)

@@ -49,7 +49,7 @@ class MMSSLFeatureExtractor(FeatureExtractionMixin):
             if not hasattr(chosen, "sampling_rate"):
                 raise ValueError(f"sampling_rate: {modality} has none; leave it out")
             samples = [{"array": sample, "sampling_rate": rate} for sample in samples]
-        return BatchFeature(chosen.collate([chosen.prepare(sample) for sample in samples]))
+        return BatchFeature(chosen.collate([chosen.excerpt(chosen.prepare(sample), None) for sample in samples]))
 
 
 class MMSSLProcessor(ProcessorMixin):

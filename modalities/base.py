@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.discovery import options_of
+from mmssl.samples import Samples
 from mmssl.tokens import Mask, Tokens
 
 Batch = dict[str, Tensor]
@@ -48,6 +49,11 @@ class Modality(nn.Module):
     def name(self) -> str:
         return type(self).__module__.rpartition(".")[2]
 
+    @property
+    def content_shape(self) -> tuple[int, ...]:
+        """Shape V of the content of one token."""
+        raise NotImplementedError
+
     def options(self) -> dict[str, Any]:
         """The arguments this modality was made with, as the config stores them."""
         return options_of(self)
@@ -63,6 +69,13 @@ class Modality(nn.Module):
 
     # Data side: runs in the workers and inside the processor.
 
+    def collection(self, source: str) -> Samples | None:
+        """The samples of a source that only this modality knows how to read. None: it is no such source.
+
+        Folders with one sample in each file, tables and data sets on the Hub are read for all modalities alike.
+        """
+        return None
+
     def prepare(self, sample: Any) -> dict[str, Tensor]:
         """Decode and normalise one raw sample.
 
@@ -70,6 +83,15 @@ class Modality(nn.Module):
             ValueError: the sample is malformed; says what was found and what was expected.
         """
         raise NotImplementedError
+
+    def excerpt(self, sample: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+        """What is read of a prepared sample at one time: all of it by default, or a part of one that is too large.
+
+        Args:
+            sample: what ``prepare`` returned; it is left as it is.
+            generator: source of randomness in training. None: the same part at each call, for evaluation.
+        """
+        return sample
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
         """Put prepared samples into one batch, padded where they differ in length."""
@@ -142,8 +164,11 @@ class Modality(nn.Module):
         raise NotImplementedError
 
     def reconstruction_head(self, width: int) -> nn.Module:
-        """A new module from (B, N, width) to the shape of the target."""
-        raise NotImplementedError
+        """A new module from (B, N, width) to the shape of the target; by default that of the content."""
+        linear = nn.Linear(width, math.prod(self.content_shape))
+        if len(self.content_shape) == 1:
+            return linear
+        return nn.Sequential(linear, nn.Unflatten(-1, self.content_shape))
 
     def reconstruction_loss(self, prediction: Tensor, target: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Loss of each token and how much it counts.

@@ -1,6 +1,7 @@
 """Images of any size and any number of channels as patches on a rectangular grid (Dosovitskiy et al., ViT, 2021)."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -94,9 +95,12 @@ class Image(Modality):
         if color_jitter and num_channels != 3:
             raise ValueError(f"color_jitter needs 3 channels; found num_channels={num_channels}: set color_jitter to 0")
 
+    @property
+    def content_shape(self) -> tuple[int, ...]:
+        return (self.patch_size[0] * self.patch_size[1] * self.num_channels,)
+
     def build(self, width: int) -> Self:
-        height, breadth = self.patch_size
-        self.projection = nn.Linear(height * breadth * self.num_channels, width)
+        self.projection = nn.Linear(math.prod(self.content_shape), width)
         return super().build(width)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -285,9 +289,6 @@ class Image(Modality):
         mean, std = self.statistics(pixels)
         pixels = (pixels * std + mean).clamp(0, 1)[:, : 3 if self.num_channels >= 3 else 1]
         return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-
-    def reconstruction_head(self, width: int) -> nn.Module:
-        return nn.Linear(width, self.patch_size[0] * self.patch_size[1] * self.num_channels)
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, mirror, turn, change colours and blur, with kornia on the whole batch at once."""

@@ -76,6 +76,10 @@ class Speech(Modality):
             raise ValueError(f"speed: found {speed}; expected a share from 0 to below 1")
         self.view_noise = None if view_noise is None else tuple(view_noise)
 
+    @property
+    def content_shape(self) -> tuple[int, ...]:
+        return (self.num_mels,)
+
     def build(self, width: int) -> Self:
         self.projection = nn.Linear(self.num_mels, width)
         return super().build(width)
@@ -267,9 +271,6 @@ class Speech(Modality):
         """Spectrograms in grey, time to the right, low frequencies below; black and white are 3 deviations away."""
         shades = (tokens.content.float() / 6 + 0.5).clamp(0, 1).masked_fill(~tokens.valid[..., None], torch.nan)
         return shades.transpose(1, 2).flip(1)[..., None].expand(-1, -1, -1, 3)
-
-    def reconstruction_head(self, width: int) -> nn.Module:
-        return nn.Linear(width, self.num_mels)
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, change the speed and the loudness, and add noise, on the whole batch at once."""

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmssl.data.sources import Samples
 from mmssl.modalities.base import Modality
+from mmssl.randomness import seed_of
+from mmssl.samples import Samples
 
 
 class PreparedSamples(Dataset):
@@ -20,10 +22,23 @@ class PreparedSamples(Dataset):
         samples: the raw samples.
         modality: used for ``prepare`` and ``collate`` alone.
         on_error: "raise" or "skip".
+        seed: random excerpts of large samples, others in each epoch. None: always the same ones, for evaluation.
     """
 
-    def __init__(self, samples: Samples, modality: Modality, on_error: Literal["raise", "skip"] = "raise"):
-        self.samples, self.modality, self.on_error = samples, modality, on_error
+    def __init__(
+        self,
+        samples: Samples,
+        modality: Modality,
+        on_error: Literal["raise", "skip"] = "raise",
+        seed: int | None = None,
+    ):
+        self.samples, self.modality, self.on_error, self.seed = samples, modality, on_error, seed
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
+        self.last: tuple[int, dict[str, Tensor]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Accelerate's loaders."""
+        self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -33,12 +48,21 @@ class PreparedSamples(Dataset):
         for step in range(len(self)):
             position = (index + step) % len(self)
             try:
-                return self.modality.prepare(self.samples.values[position]), failed
+                return self.excerpt(position), failed
             except (ValueError, OSError) as error:
                 if self.on_error == "raise":
                     raise ValueError(f"{self.samples.name(position)}: {error}") from error
                 failed.append(position)
         raise ValueError(f"none of {len(self)} samples could be read; the last was {self.samples.name(failed[-1])}")
+
+    def excerpt(self, position: int) -> dict[str, Tensor]:
+        if self.last is None or self.last[0] != position:  # one huge sample is prepared once
+            self.last = position, self.modality.prepare(self.samples.values[position])
+        generator = None
+        if self.seed is not None:
+            key = seed_of(self.seed, "excerpt", int(self.epoch), position)
+            generator = torch.Generator().manual_seed(key)
+        return self.modality.excerpt(self.last[1], generator)
 
     def collate(self, items: Sequence[tuple[dict[str, Tensor], list[int]]]) -> dict[str, Any]:
         """The modality's batch as "inputs", and the positions of unreadable samples, a list of int, as "failed"."""

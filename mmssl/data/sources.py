@@ -2,15 +2,16 @@
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from mmssl.modalities.base import Modality
+from mmssl.samples import Samples
 
 
 @dataclass
@@ -40,54 +41,6 @@ class DataArguments:
     on_error: Literal["raise", "skip"] = "raise"
 
 
-@dataclass
-class Samples:
-    """Raw samples, as a modality's ``prepare`` takes them.
-
-    Attributes:
-        values: one raw sample each; may read from disk when indexed.
-        name: how an error names sample i: its path, or its row in a table.
-        labels: (n,) int, or None where there are none.
-        classes: name of each label.
-    """
-
-    values: Sequence[Any]
-    name: Callable[[int], str]
-    labels: np.ndarray | None = None
-    classes: Sequence[str] = ()
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def select(self, index: np.ndarray) -> "Samples":
-        """The samples at these positions."""
-        index = np.asarray(index)
-        return Samples(
-            values=Selected(self.values, index),
-            name=partial(name_of_selected, self.name, index),
-            labels=None if self.labels is None else self.labels[index],
-            classes=self.classes,
-        )
-
-
-def name_of_selected(name: Callable[[int], str], index: np.ndarray, i: int) -> str:
-    return name(int(index[i]))
-
-
-@dataclass
-class Selected(Sequence):
-    """A sequence seen through a list of positions."""
-
-    values: Sequence[Any]
-    positions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, i):
-        return self.values[int(self.positions[i])]
-
-
 def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
     """Find the samples that the arguments name.
 
@@ -102,6 +55,8 @@ def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
     path = Path(source).expanduser()
     if source in BUILTIN:
         samples = BUILTIN[source](arguments.split)
+    elif (own := modality.collection(source)) is not None:
+        samples = own
     elif path.is_dir() and not any(path.glob("*.parquet")):
         samples = from_folder(path, modality)
     elif path.is_dir():

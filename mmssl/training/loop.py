@@ -24,9 +24,9 @@ from mmssl.modalities.base import Modality
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.base import Objective, ObjectiveOutput
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
+from mmssl.randomness import keyed_generator
 from mmssl.training.arguments import TrainArguments
 from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, flatten, save_checkpoint
-from mmssl.training.randomness import keyed_generator
 from mmssl.training.run import save_heads
 from mmssl.training.schedule import learning_rate
 from mmssl.training.setup import (
@@ -93,7 +93,7 @@ def pretrain(
     check_output_dir(output_dir, train)
 
     # The given modality has no parameters and stays on the data side; the model makes its own.
-    dataset = PreparedSamples(load_samples(data, modality), modality, data.on_error)
+    dataset = PreparedSamples(load_samples(data, modality), modality, data.on_error, train.seed)
     loader = make_loader(dataset, train, accelerator)
     total_steps = count_steps(len(loader) // accelerator.num_processes, train)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from mmssl.training.randomness import keyed_generator, seed_of
+from mmssl.randomness import keyed_generator, seed_of
 from mmssl.training.schedule import learning_rate
 
 

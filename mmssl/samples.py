@@ -1,0 +1,62 @@
+"""Samples: raw data before a modality has prepared them, with the labels that probes read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Samples:
+    """Raw samples, as a modality's ``prepare`` takes them.
+
+    Attributes:
+        values: one raw sample each; may read from disk when indexed.
+        name: how an error names sample i: its path, or its row in a table.
+        labels: (n,) int, or None where there are none.
+        classes: name of each label.
+        token_labels: (tokens,) int for each sample, -1 where a token has none, if labels are of tokens (nodes).
+        token_splits: (tokens,) str for each sample, "train", "validation", "test" or "", where a split is published.
+    """
+
+    values: Sequence[Any]
+    name: Callable[[int], str]
+    labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
+    token_labels: Sequence[np.ndarray] | None = None
+    token_splits: Sequence[np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def select(self, index: np.ndarray) -> "Samples":
+        """The samples at these positions."""
+        index = np.asarray(index)
+        return Samples(
+            values=Selected(self.values, index),
+            name=partial(name_of_selected, self.name, index),
+            labels=None if self.labels is None else self.labels[index],
+            classes=self.classes,
+            token_labels=None if self.token_labels is None else [self.token_labels[i] for i in index],
+            token_splits=None if self.token_splits is None else [self.token_splits[i] for i in index],
+        )
+
+
+def name_of_selected(name: Callable[[int], str], index: np.ndarray, i: int) -> str:
+    return name(int(index[i]))
+
+
+@dataclass
+class Selected(Sequence):
+    """A sequence seen through a list of positions."""
+
+    values: Sequence[Any]
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, i):
+        return self.values[int(self.positions[i])]
