@@ -20,7 +20,8 @@ import numpy as np
 
 from mmssl.cli import pretrain_parser, with_source
 from mmssl.data import DataArguments
-from mmssl.evaluation import PROTOCOLS, evaluate, print_scores
+from mmssl.evaluation import DEFAULT_PROTOCOLS, evaluate, print_scores
+from mmssl.evaluation.features import Pooling
 from mmssl.training import pretrain
 from mmssl.training.checkpoint import step_folders
 
@@ -32,10 +33,13 @@ def main() -> None:
     parser = pretrain_parser()
     parser.add_argument("--name", type=str, required=True, help="Plain name of the data: digits, cifar10, ...")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS))
+    parser.add_argument("--protocol", nargs="+", default=list(DEFAULT_PROTOCOLS))
+    parser.add_argument("--pooling", type=Pooling, default="mean", help="From tokens to samples.")
     parser.add_class_arguments(DataArguments, "probe", help="Labelled samples for the probes. Default: the data.")
     parser.add_class_arguments(DataArguments, "test", help="Labelled samples that the probes are tested on.")
     config = parser.parse_args(with_source(sys.argv[1:]))
+    if config.also:
+        sys.exit("accuracy.py measures one modality; for several that share an encoder there is benchmarks/joint.py")
     base, runs = config.train.output_dir, []
     for seed in config.seeds:
         config.train.seed, config.train.output_dir = seed, f"{base}/seed{seed}"
@@ -43,7 +47,8 @@ def main() -> None:
         config.train.resume_from_checkpoint = "latest" if step_folders(Path(config.train.output_dir)) else None
         given = parser.instantiate(config)
         runs.append(pretrain(given.modality, given.objective, given.encoder, given.data, given.train))
-    scores = evaluate(runs, given.probe if given.probe.source else given.data, given.test, config.protocol)
+    probe = given.probe if given.probe.source else given.data
+    scores = evaluate(runs, probe, given.test, config.protocol, pooling=config.pooling)
     print_scores(scores, title=config.name)
 
     record = json.loads((runs[-1] / "run.json").read_text())
@@ -58,7 +63,7 @@ def main() -> None:
                 "data": config.name,
                 "objective": next(iter(record["objective"])),
                 "recipe": Path(str(config.config[0])).stem,
-                "protocol": score.protocol,
+                "protocol": score.protocol + ("" if config.pooling == "mean" else f", {config.pooling} pooling"),
                 "row": score.row,
                 "metric": "accuracy",
                 "mean": round(float(np.mean(score.values)), 4),

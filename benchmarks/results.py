@@ -37,10 +37,18 @@ def render(lines: list[dict[str, Any]]) -> str:
         protocols = list(dict.fromkeys(protocol for protocol, _ in cells))
         any_line = next(line for (_, row), line in cells.items() if row == "pretrained")
         parts.append(f"## {modality}: {data}, recipe `{recipe}`\n")
+        sizes: dict[tuple[int, int], list[str]] = {}
+        for (protocol, row), line in cells.items():
+            if row == "pretrained":
+                sizes.setdefault((line["n_train"], line["n_test"]), []).append(protocol)
+        probes = "; ".join(
+            f"probes{' (' + ', '.join(names) + ')' if len(sizes) > 1 else ''} fitted on {n_train:,} samples, tested on "
+            f"{n_test:,}"
+            for (n_train, n_test), names in sizes.items()
+        )
         parts.append(
             f"{any_line['objective']}, {any_line['steps']:,} steps, {any_line['minutes']} minutes a seed on "
-            f"{any_line['device']}; {any_line['seeds']} seeds; probes fitted on {any_line['n_train']:,} samples, "
-            f"tested on {any_line['n_test']:,}; commit {any_line['commit']}.\n"
+            f"{any_line['device']}; {any_line['seeds']} seeds; {probes}; commit {any_line['commit']}.\n"
         )
         parts.append("| features | " + " | ".join(protocols) + " |\n|---|" + "---|" * len(protocols))
         for row, label in ROWS.items():

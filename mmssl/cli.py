@@ -48,7 +48,8 @@ def with_source(arguments: Sequence[str]) -> list[str]:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Probe checkpoints beside raw features and untrained encoders."""
     from mmssl.data import DataArguments
-    from mmssl.evaluation import PROTOCOLS, evaluate, print_scores
+    from mmssl.evaluation import DEFAULT_PROTOCOLS, PROTOCOLS, evaluate, print_scores
+    from mmssl.evaluation.features import Pooling
 
     parser = ArgumentParser(prog="mmssl evaluate", description=evaluate_command.__doc__)
     parser.add_argument(
@@ -58,11 +59,14 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     )
     parser.add_class_arguments(DataArguments, "data")
     parser.add_class_arguments(DataArguments, "test")
-    parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS), help=f"Some of {', '.join(PROTOCOLS)}.")
+    parser.add_argument(
+        "--protocol", nargs="+", default=list(DEFAULT_PROTOCOLS), help=f"Some of {', '.join(PROTOCOLS)}."
+    )
+    parser.add_argument("--pooling", type=Pooling, default="mean", help="From tokens to samples.")
     parser.add_argument("--modality", default=None, help="Which modality, of a model that has several.")
     parser.add_argument("--output", default=None, help="JSON file to write the scores to.")
     config = parser.instantiate(parser.parse_args(with_source(arguments)))
-    scores = evaluate(config.checkpoint, config.data, config.test, config.protocol, config.modality)
+    scores = evaluate(config.checkpoint, config.data, config.test, config.protocol, config.modality, config.pooling)
     print_scores(scores, title=" ".join(config.checkpoint))
     if config.output:
         Path(config.output).write_text(json.dumps([asdict(score) for score in scores], indent=2))

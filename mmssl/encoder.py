@@ -18,6 +18,10 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmssl.edges import EdgeList, edge_attention
+
+PAIRS_PER_EDGE = 16  # how many pairs of tokens dense attention reads in the time that one edge takes
+
 
 @dataclass
 class EncoderConfig:
@@ -28,10 +32,11 @@ class EncoderConfig:
         num_hidden_layers: number of blocks.
         num_attention_heads: heads per block; must divide the width.
         intermediate_size: width of the feed-forward layer. None: four times the hidden size.
-        hidden_act: activation of the feed-forward layer.
+        hidden_act: activation of the feed-forward layer, or in a block without one, of what the attention returns.
         position_every_block: add the places before every block (Point-MAE), not only to the embedded tokens.
         residual: add the input of each sub-layer to its output. Without (GraphMAE), a token is what it has read.
-        feed_forward: give each block a feed-forward layer after its attention.
+        feed_forward: give each block a feed-forward layer after its attention. Without (GraphMAE), its activation
+            comes right after the attention.
         norm_position: "pre" normalises the input of each sub-layer and the final output (ViT); "post" normalises the
             embedded tokens and the sum after each sub-layer (BERT, TERA).
         layer_norm_eps: epsilon of the layer norms.
@@ -113,13 +118,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | EdgeList | None) -> tuple[Tensor, Tensor | None]:
         batch, length, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        weights = None
+        if isinstance(attention_mask, EdgeList):
+            out = edge_attention(query, key, value, attention_mask, self.scaling, dropout)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
         return self.proj(out.reshape(batch, length, width)), weights
 
 
@@ -172,17 +181,20 @@ class EncoderLayer(GradientCheckpointingLayer):
             self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
             self.mlp = MLP(config)
             self.scale2 = nn.Identity() if start is None else LayerScale(width, start)
+        else:
+            self.act = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_states: Tensor, attention_mask: Any) -> Tensor:
+        branch, _ = self.attention(self.norm1(hidden_states) if self.pre_norm else hidden_states, attention_mask)
+        if not self.feed_forward:
+            branch = self.act(branch)
         if self.pre_norm:
-            branch, _ = self.attention(self.norm1(hidden_states), attention_mask)
             hidden_states = self.add(hidden_states, self.scale1(branch))
             if self.feed_forward:
                 hidden_states = self.add(hidden_states, self.scale2(self.mlp(self.norm2(hidden_states))))
             return hidden_states
-        branch, _ = self.attention(hidden_states, attention_mask)
         hidden_states = self.norm1(self.add(hidden_states, self.scale1(branch)))
         if self.feed_forward:
             hidden_states = self.norm2(self.add(hidden_states, self.scale2(self.mlp(hidden_states))))
@@ -269,9 +281,10 @@ class Encoder(nn.Module):
         padded = nn.functional.pad(valid, (prefix, 0), value=True)
         if edges is None:
             return create_bidirectional_mask(config=cast(Any, self.config), inputs_embeds=hidden, attention_mask=padded)
-        if self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"edges need the attention of sdpa or eager; found {self.config._attn_implementation!r}")
         batch, length = valid.shape
+        kind, pairs = self.config._attn_implementation, batch * length**2
+        if kind != "eager" and (kind != "sdpa" or pairs > PAIRS_PER_EDGE * edges.shape[1]):
+            return EdgeList.build(edges, valid, prefix)
         source, target = edges
         allowed = torch.zeros(batch, length, length, dtype=torch.bool, device=valid.device)
         allowed[target // length, target % length, source % length] = True

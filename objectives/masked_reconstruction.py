@@ -1,4 +1,4 @@
-"""Masked reconstruction: MAE, SimMIM, GMML and TERA as one objective.
+"""Masked reconstruction: MAE, Point-MAE, SimMIM, GraphMAE, GMML and TERA as one objective.
 
 Hide or alter part of the tokens, encode what is left, and predict the clean content of what was hidden or altered:
 
@@ -6,16 +6,19 @@ Hide or alter part of the tokens, encode what is left, and predict the clean con
 
 * He et al., "Masked autoencoders are scalable vision learners", CVPR 2022: hidden tokens are dropped before the
   encoder; a narrow decoder gets mask tokens in their places. ``corruption="drop"``, ``mask_ratio=0.75``,
-  ``decoder_layers=8``.
+  ``decoder_layers=8``. Point-MAE (Pang et al., ECCV 2022) is the same on groups of points.
 * Xie et al., "SimMIM", CVPR 2022: hidden tokens are replaced by a mask token and a plain head reads the encoder.
   ``corruption="replace"``, ``mask_ratio=0.6``, ``decoder_layers=0``, distance "l1".
+* Hou et al., "GraphMAE", KDD 2022: a mask token in the place of the content, some hidden tokens get another one's
+  content instead, and what the encoder says of hidden tokens is masked again before a decoder of one block.
+  ``corruption="replace"``, ``mask_token_space="input"``, ``replace_ratio=0.05``, ``remask=True``.
 * Atito et al., "GMML is all you need", 2022, and Liu et al., "TERA", TASLP 2021: the content itself is altered in
   place, as the modality does it. ``corruption="alter"``, ``decoder_layers=0``, ``head_layers=3`` and ``1``.
 """
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -59,10 +62,15 @@ class MaskedReconstruction(Objective):
         mask_ratio: share of the valid tokens that is hidden, between 0 and 1. None: 0.75; with "alter" it must be None.
         mask_style: how hidden tokens are chosen, one of the modality's ("random", "block", ...); with "alter" unused.
         masks_per_sample: how many masks of one sample share a batch.
+        mask_token_space: with "replace", the mask token stands for a token's "embedding" or, before it is embedded, for
+            its "input".
+        replace_ratio: share of the hidden tokens that get the content of a random token of the batch, not a mask token.
+        remask: put a second mask token in the place of the encoder's output for hidden tokens before the decoder.
         views: train on one random view of each sample in place of the sample itself.
         decoder_layers: blocks of the decoder. 0: no decoder, the head reads the encoder.
         decoder_hidden_size: width of the decoder.
         decoder_attention_heads: attention heads of the decoder.
+        decoder_drop_path_rate: as the encoder's drop_path_rate, of the decoder.
         head_layers: hidden layers (linear, GELU) between the last block and the modality's linear head.
         head_norm: layer norm before the modality's linear head (TERA).
         average_layers: the encoder's output is the normalised mean of these blocks (GMML: 6 8 10 12). Empty: the last.
@@ -75,10 +83,14 @@ class MaskedReconstruction(Objective):
         mask_ratio: float | None = None,
         mask_style: str = "random",
         masks_per_sample: int = 1,
+        mask_token_space: Literal["embedding", "input"] = "embedding",
+        replace_ratio: float = 0.0,
+        remask: bool = False,
         views: bool = True,
         decoder_layers: int = 4,
         decoder_hidden_size: int = 128,
         decoder_attention_heads: int = 4,
+        decoder_drop_path_rate: float = 0.0,
         head_layers: int = 0,
         head_norm: bool = False,
         average_layers: Sequence[int] = (),
@@ -96,6 +108,15 @@ class MaskedReconstruction(Objective):
             raise ValueError(
                 "corruption='drop' needs a decoder to put dropped tokens back; set decoder_layers to 1 or more"
             )
+        if corruption != "replace" and (mask_token_space != "embedding" or replace_ratio or remask):
+            raise ValueError(
+                f"mask_token_space, replace_ratio and remask belong to corruption='replace'; found corruption="
+                f"{corruption!r}: leave them out"
+            )
+        if not 0 <= replace_ratio < 1:
+            raise ValueError(f"replace_ratio: found {replace_ratio}; expected a share from 0 to below 1")
+        if remask and not decoder_layers:
+            raise ValueError("remask=True masks the input of a decoder, and decoder_layers is 0; set it to 1 or more")
         if views:
             self.require("view", "views=True", "views=False")
         depth = model.config.num_hidden_layers
@@ -113,22 +134,28 @@ class MaskedReconstruction(Objective):
         self.corruption, self.mask_style = corruption, mask_style
         self.mask_ratio = mask_ratio
         self.masks_per_sample, self.views = masks_per_sample, views
+        self.mask_token_space, self.replace_ratio, self.remask = mask_token_space, replace_ratio, remask
         self.decoder_layers, self.decoder_hidden_size = decoder_layers, decoder_hidden_size
-        self.decoder_attention_heads = decoder_attention_heads
+        self.decoder_attention_heads, self.decoder_drop_path_rate = decoder_attention_heads, decoder_drop_path_rate
         self.head_layers, self.head_norm = head_layers, head_norm
         self.average_layers = tuple(average_layers)
 
         config = copy.deepcopy(model.config)
         width = config.hidden_size
-        if corruption == "replace":
+        if corruption == "replace" and mask_token_space == "embedding":
             self.mask_token = nn.Parameter(torch.zeros(width))
+        elif corruption == "replace":
+            self.input_mask_tokens = nn.ParameterDict(
+                {f"{name}_token": torch.zeros(modality.content_shape) for name, modality in model.adapters.items()}
+            )
         if decoder_layers:
             self.decoder_input = nn.Linear(width, decoder_hidden_size)
             config.hidden_size, config.num_hidden_layers = decoder_hidden_size, decoder_layers
             config.num_attention_heads, config.intermediate_size = decoder_attention_heads, None
-            config.class_token, config.num_register_tokens, config.drop_path_rate = False, 0, 0.0
+            config.class_token, config.num_register_tokens = False, 0
+            config.drop_path_rate = decoder_drop_path_rate
             self.decoder = Encoder(config)
-            if corruption == "drop":
+            if corruption == "drop" or remask:
                 self.decoder_mask_token = nn.Parameter(torch.zeros(decoder_hidden_size))
             self.decoder_positions = nn.ModuleDict(
                 {name: modality.positions(decoder_hidden_size) for name, modality in model.adapters.items()}
@@ -174,16 +201,37 @@ class MaskedReconstruction(Objective):
                 encoded, class_token = self.encode(modality, seen)
                 decoded = self.decode(modality, clean, encoded, class_token, mask)
             else:
-                seen = clean
-                content = modality.embed(clean)
-                content = torch.where(mask.hidden[..., None], self.mask_token.to(content.dtype), content)
-                encoded, class_token = self.encode(modality, clean, content)
-                decoded = self.decode(modality, clean, encoded, class_token)
+                seen, content = self.masked_content(modality, clean, mask, generator)
+                encoded, class_token = self.encode(modality, seen, content)
+                decoded = self.decode(modality, clean, encoded, class_token, mask if self.remask else None)
             # Only hidden tokens are predicted.
             index, where = mask.hidden_index, mask.hidden_valid
             decoded = gather(decoded, index)
         prediction = self.reconstruction_heads[modality.name](self.head(decoded))
         return Reconstruction(clean, seen, encoded, prediction, where, index)
+
+    def masked_content(
+        self, modality: Modality, clean: Tokens, mask: Mask, generator: torch.Generator
+    ) -> tuple[Tokens, Tensor]:
+        """The tokens with hidden contents replaced, and their embeddings (B, N, D)."""
+        masked, content = mask.hidden, clean.content
+        broadcast = masked.shape + (1,) * (content.dim() - 2)
+        if self.replace_ratio:
+            device = masked.device
+            order = torch.rand(masked.shape, generator=generator, device=device).masked_fill(~masked, torch.inf)
+            count = (mask.hidden_valid.sum(dim=1, keepdim=True) * self.replace_ratio).long()
+            replaced = order.argsort(dim=1).argsort(dim=1) < count
+            valid = clean.valid.flatten().nonzero().squeeze(1)
+            pick = valid[torch.randint(len(valid), masked.shape, generator=generator, device=device)]
+            content = torch.where(replaced.view(broadcast), content.flatten(0, 1)[pick], content)
+            masked = masked & ~replaced
+        if self.mask_token_space == "input":
+            token = self.input_mask_tokens[f"{modality.name}_token"].to(content.dtype)
+            seen = replace(clean, content=torch.where(masked.view(broadcast), token, content))
+            return seen, modality.embed(seen)
+        seen = replace(clean, content=content)
+        embedded = modality.embed(seen)
+        return seen, torch.where(masked[..., None], self.mask_token.to(embedded.dtype), embedded)
 
     def encode(self, modality: Modality, seen: Tokens, content: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Output of the encoder for the tokens it sees, (B, N, D), and for the class token, (B, 0 or 1, D)."""
@@ -196,12 +244,18 @@ class MaskedReconstruction(Objective):
     def decode(
         self, modality: Modality, clean: Tokens, encoded: Tensor, class_token: Tensor, mask: Mask | None = None
     ) -> Tensor:
-        """All tokens after the decoder, (B, N, width); mask tokens stand in where ``mask`` has hidden some."""
+        """All tokens after the decoder, (B, N, width); mask tokens stand in where ``mask`` has hidden some.
+
+        ``encoded`` are all tokens, or where hidden ones were dropped, the visible ones.
+        """
         if not self.decoder_layers:
             return encoded
         content = self.decoder_input(encoded)
         if mask is not None:
             token = self.decoder_mask_token.to(content.dtype)
+        if mask is not None and self.corruption == "replace":
+            content = torch.where(mask.hidden[..., None], token, content)
+        elif mask is not None:
             content = torch.where(mask.visible_valid[..., None], content, token)
             index = mask.visible_index[..., None].expand_as(content)
             content = token.expand(*clean.valid.shape, -1).scatter(1, index, content)

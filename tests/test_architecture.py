@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BOTTOM = {"discovery", "version", "randomness", "samples"}
-ENCODING = {*BOTTOM, "tokens", "encoder", "positions"}
+BOTTOM = {"discovery", "version", "randomness", "samples", "graph_files"}
+ENCODING = {*BOTTOM, "tokens", "edges", "encoder", "positions", "geometry"}
 MODEL = {*ENCODING, "modalities", "modeling"}
 USERS = {*MODEL, "processing", "objectives", "data"}
 EVERYTHING = {*USERS, "training", "evaluation", "cli", "mmssl"}
@@ -24,8 +24,11 @@ MAY_IMPORT = {
     "version": set(),
     "randomness": set(),
     "samples": set(),
+    "graph_files": {"samples"},
     "tokens": set(),
-    "encoder": {*BOTTOM, "tokens"},
+    "edges": set(),
+    "geometry": set(),
+    "encoder": {*BOTTOM, "tokens", "edges"},
     "positions": {*BOTTOM, "tokens"},
     "modalities": ENCODING,
     "modeling": MODEL,

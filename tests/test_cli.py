@@ -1,6 +1,7 @@
 """The command: what it shows, what wins over what, and what it says to wrong input."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 DIGITS = str(ROOT / "examples" / "recipes" / "mae_digits.yaml")
+JOINT = str(ROOT / "examples" / "recipes" / "joint.yaml")
+IMAGES = "modality: Image, data: {source: digits}"
 
 
 def mmssl(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -52,6 +55,17 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults() -> None:
     assert arguments["train"].weight_decay == 0.05
 
 
+def test_further_modalities_are_a_list_in_a_recipe_or_a_flag() -> None:
+    also = parse_pretrain(["--config", JOINT])["also"]
+    assert [source.modality.name for source in also] == ["speech", "point_cloud", "graph"]
+    assert also[0].modality.num_mels == 80 and also[0].data.source == "espeak_digits"
+    assert [source.weight for source in also] == [1.0, 1.0, 0.5]
+    flag = "[{modality: {class_path: Speech, init_args: {num_mels: 20}}, data: {source: here}, weight: 2}]"
+    (source,) = parse_pretrain(["--config", DIGITS, "--also", flag])["also"]
+    assert (source.modality.num_mels, source.data.source, source.weight) == (20, "here", 2.0)
+    assert not parse_pretrain(["--config", DIGITS])["also"]
+
+
 def test_data_is_short_for_its_source() -> None:
     assert parse_pretrain(["--config", DIGITS, "--data", "here"])["data"].source == "here"
     assert parse_pretrain(["--config", DIGITS, "--data=there"])["data"].source == "there"
@@ -63,11 +77,10 @@ def test_every_recipe_builds_its_objective(recipe: Path) -> None:
     import torch
 
     arguments = parse_pretrain(["--config", str(recipe)])
-    modality, encoder = arguments["modality"], arguments["encoder"]
+    modalities = [arguments["modality"], *(source.modality for source in arguments["also"])]
+    options = {modality.name: modality.options() for modality in modalities}
     with torch.device("meta"):
-        objective = arguments["objective"](
-            MMSSLModel(MMSSLConfig(modalities={modality.name: modality.options()}, **vars(encoder)))
-        )
+        objective = arguments["objective"](MMSSLModel(MMSSLConfig(modalities=options, **vars(arguments["encoder"]))))
     assert sum(parameter.numel() for parameter in objective.parameters()) > 1000
     header = recipe.read_text().split("modality:")[0]
     for word in ("accelerate launch", "Hardware", "Minutes", "spread"):
@@ -106,6 +119,8 @@ def test_published_sizes() -> None:
         (["pretrain", "--config", DIGITS, "--objective.mask_ratio", "1"], "mask_ratio: found 1.0; expected a share"),
         (["pretrain", "--config", DIGITS, "--objective.mask_ratio", "0"], "mask_ratio: found 0.0; expected a share"),
         (["pretrain", "--config", DIGITS, "--modality.patch_size", "3"], "make image_size a multiple of patch_size"),
+        (["pretrain", "--config", DIGITS, "--also", f"[{{{IMAGES}}}]"], "two sources of the modality image"),
+        (["pretrain", "--config", DIGITS, "--also", f"[{{{IMAGES}, weight: 0}}]"], "weight of image: found 0.0"),
     ],
 )
 def test_wrong_input_gets_one_clear_line(
@@ -139,6 +154,10 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         parse_pretrain(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "optimiser steps; wins over num_train_epochs" in printed and "peak learning rate" in printed
+    assert "further modalities that share the encoder" in printed
+    with pytest.raises(SystemExit):
+        parse_pretrain(["--also.help"])
+    assert "relative to the first one, whose weight is 1" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit):
         parse_pretrain(["--objective.help", "MaskedReconstruction"])
     assert "share of the valid tokens that is hidden" in " ".join(capsys.readouterr().out.split())
@@ -161,16 +180,21 @@ def test_evaluate_prints_three_rows_and_writes_them(
 @pytest.mark.parametrize(("script", "processes"), [("image", 1), ("image", 2), ("speech", 1), ("speech", 2)])
 def test_examples_run_under_accelerate_launch(tmp_path: Path, script: str, processes: int) -> None:
     """With two processes there really are two, and the run is recorded as such."""
-    import os
-
-    launch = ["--multi_gpu"] if processes > 1 else []
     flags = {"train.output_dir": tmp_path / "run", "train.max_train_steps": 4, "train.per_device_train_batch_size": 8}
+    words = [f"examples/pretrain_{script}.py", *(f"--{name}={value}" for name, value in flags.items())]
+    printed = accelerate_launch(processes, *words)
+    assert "pretrained encoder" in printed and (tmp_path / "run" / "reconstructions.png").is_file()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == processes
+
+
+def accelerate_launch(processes: int, *words: str) -> str:
+    """What ``accelerate launch`` prints, on the CPU."""
+    several = ["--multi_gpu"] if processes > 1 else []
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *launch),
+            *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes), *several),
             *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"),
-            f"examples/pretrain_{script}.py",
-            *(f"--{name}={value}" for name, value in flags.items()),
+            *words,
         ],
         cwd=ROOT,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
@@ -178,5 +202,28 @@ def test_examples_run_under_accelerate_launch(tmp_path: Path, script: str, proce
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "pretrained encoder" in done.stdout and (tmp_path / "run" / "reconstructions.png").is_file()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == processes
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_joint_recipe_trains_and_each_modality_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], processes: int
+) -> None:
+    """The graph is one sample, too few for two processes: there the list of further modalities is a shorter one."""
+    run = tmp_path / "run"
+    words = ["-m", "mmssl", "pretrain", "--config", JOINT, f"--train.output_dir={run}", "--train.max_train_steps=6"]
+    if processes > 1:
+        speech = {"class_path": "Speech", "init_args": {"sampling_rate": 8000, "n_fft": 200, "win_length": 200}}
+        source = {"modality": speech, "data": {"source": "espeak_digits"}, "per_device_train_batch_size": 8}
+        words.append(f"--also={json.dumps([source])}")
+    assert f"The model is in {run}" in accelerate_launch(processes, *words, "--train.logging_steps=1")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(sum(name.startswith("loss/") for name in line) == 1 for line in lines) and len(lines) == 6
+    record = json.loads((run / "run.json").read_text())
+    assert record["processes"] == processes
+    for modality, data in {"image": "digits", "speech": "espeak_digits"}.items():
+        mmssl(monkeypatch, "evaluate", str(run), "--modality", modality, "--data", data, "--protocol", "knn")
+        assert "pretrained encoder" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="say which one the data are of"):
+        mmssl(monkeypatch, "evaluate", str(run), "--data", "digits")

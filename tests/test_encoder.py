@@ -4,15 +4,21 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmssl import encoder as encoder_module
+from mmssl.edges import EdgeList
 from mmssl.encoder import DropPath, Encoder, EncoderConfig, EncoderLayer, LayerScale
+from mmssl.modeling import MMSSLConfig, MMSSLModel
 
 WIDTH, LENGTHS = 16, (5, 2, 4)
 ATTENTION = ("sdpa", "eager")
+# Flash attention takes no mask: with edges it goes by their list, sdpa on so few tokens by a dense mask.
+PATHS = [("sdpa", False), ("eager", False), ("sdpa", True), ("eager", True), ("flash_attention_2", True)]
 PRE = {"norm_position": "pre", "layer_scale_init": 0.5}
 POST = {"norm_position": "post", "qkv_bias": False, "intermediate_size": 24, "hidden_act": "relu"}
 PREFIX = {"class_token": True, "num_register_tokens": 2}
@@ -21,6 +27,12 @@ KINDS = [
     pytest.param(POST, id="post"),
     pytest.param(PRE | PREFIX, id="pre-prefix"),
     pytest.param(POST | PREFIX, id="post-prefix"),
+    pytest.param(PRE | PREFIX | {"position_every_block": True}, id="pre-prefix-places-every-block"),
+    pytest.param(POST | {"position_every_block": True}, id="post-places-every-block"),
+    pytest.param(PRE | {"residual": False}, id="pre-no-residual"),
+    pytest.param(POST | {"residual": False}, id="post-no-residual"),
+    pytest.param(PRE | PREFIX | {"residual": False, "feed_forward": False}, id="pre-prefix-bare"),
+    pytest.param(POST | {"feed_forward": False}, id="post-no-feed-forward"),
 ]
 
 
@@ -124,7 +136,11 @@ def slow_attention(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]
 
 
 def slow_block(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]]) -> Tensor:
-    """A block in words: y = x + attention(norm(x)), y + mlp(norm(y)), or with the norm after each sum."""
+    """A block in words: y = x + attention(norm(x)), y + mlp(norm(y)), or with the norm after each sum.
+
+    Without residual only what is added to x; without feed-forward only y.
+    """
+    old = 1 if encoder.config.residual else 0
     activation: Any = {"gelu": F.gelu, "relu": F.relu}[encoder.config.hidden_act]
 
     def norm(module: nn.LayerNorm, values: Tensor) -> Tensor:
@@ -135,18 +151,21 @@ def slow_block(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]]) -
         return F.linear(inner, layer.mlp.fc2.weight, layer.mlp.fc2.bias)
 
     if encoder.config.norm_position == "pre":
-        x = x + layer.scale1.scale * slow_attention(encoder, layer, norm(layer.norm1, x), reads)
-        return x + layer.scale2.scale * mlp(norm(layer.norm2, x))
-    x = norm(layer.norm1, x + slow_attention(encoder, layer, x, reads))
-    return norm(layer.norm2, x + mlp(x))
+        x = old * x + layer.scale1.scale * slow_attention(encoder, layer, norm(layer.norm1, x), reads)
+        return old * x + layer.scale2.scale * mlp(norm(layer.norm2, x)) if encoder.config.feed_forward else x
+    x = norm(layer.norm1, old * x + slow_attention(encoder, layer, x, reads))
+    return norm(layer.norm2, old * x + mlp(x)) if encoder.config.feed_forward else x
 
 
 def slow_encoder(encoder: Encoder, inputs: Inputs, number: int) -> Tensor:
     """One row (prefix + N, D), without padding. Prefix tokens read everything and are read by everything."""
     alone, prefix = inputs.row(number), encoder.num_prefix_tokens
-    x = alone.content[0] + alone.position[0]
+    place = torch.cat([torch.zeros(prefix, WIDTH), alone.position[0]])  # prefix tokens have none
+    x = alone.content[0]
     if prefix:
         x = torch.cat([encoder.prefix_tokens[0], x])
+    every = encoder.config.position_every_block
+    x = x if every else x + place
     everything = set(range(len(x)))
     reads = [everything] * prefix + [
         set(range(prefix)) | {prefix + other for other in others} for others in inputs.reads(number)
@@ -154,13 +173,12 @@ def slow_encoder(encoder: Encoder, inputs: Inputs, number: int) -> Tensor:
     pre = encoder.config.norm_position == "pre"
     x = x if pre else encoder.norm(x)
     for layer in blocks(encoder):
-        x = slow_block(encoder, layer, x, reads)
+        x = slow_block(encoder, layer, x + place if every else x, reads)
     return encoder.norm(x) if pre else x
 
 
-@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize(("attention", "edges"), PATHS)
 @pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("attention", ATTENTION)
 @torch.no_grad()
 def test_equals_loops_over_tokens_heads_and_neighbours(attention: str, options: dict[str, Any], edges: bool) -> None:
     encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
@@ -173,22 +191,22 @@ def test_equals_loops_over_tokens_heads_and_neighbours(attention: str, options: 
 
 @pytest.mark.parametrize("edges", [False, True])
 @pytest.mark.parametrize("options", KINDS)
-def test_sdpa_equals_eager_in_outputs_and_gradients(options: dict[str, Any], edges: bool) -> None:
+def test_ways_to_attend_are_equal_in_outputs_and_gradients(options: dict[str, Any], edges: bool) -> None:
     results = []
-    for attention in ATTENTION:
+    for attention in [attention for attention, with_edges in PATHS if with_edges == edges]:
         encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
         inputs.content.requires_grad_()
         tokens, prefix = run(encoder, inputs)
         seen = torch.cat([tokens[inputs.valid], prefix.flatten(0, 1)])
         seen.square().sum().backward()
         results.append((seen, inputs.content.grad, blocks(encoder)[0].attention.qkv.weight.grad))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    for result in results[1:]:
+        for found, expected in zip(result, results[0], strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize(("attention", "edges"), PATHS)
 @pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("attention", ATTENTION)
 @torch.no_grad()
 def test_a_row_alone_equals_the_row_in_a_padded_batch(attention: str, options: dict[str, Any], edges: bool) -> None:
     encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
@@ -199,9 +217,8 @@ def test_a_row_alone_equals_the_row_in_a_padded_batch(attention: str, options: d
         torch.testing.assert_close(prefix[number], alone_prefix[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("edges", [False, True])
+@pytest.mark.parametrize(("attention", "edges"), PATHS)
 @pytest.mark.parametrize("options", KINDS)
-@pytest.mark.parametrize("attention", ATTENTION)
 def test_what_padding_contains_never_matters(attention: str, options: dict[str, Any], edges: bool) -> None:
     """Neither to outputs, to the bit, nor by a gradient."""
     encoder, inputs = make_encoder(attention, **options), make_inputs(edges)
@@ -218,8 +235,7 @@ def test_what_padding_contains_never_matters(attention: str, options: dict[str, 
     assert inputs.content.grad[inputs.valid].any(dim=-1).all()
 
 
-@pytest.mark.parametrize("edges", [False, True])
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize(("attention", "edges"), PATHS)
 def test_a_row_without_valid_tokens_is_finite(attention: str, edges: bool) -> None:
     encoder, inputs = make_encoder(attention, **PRE), make_inputs(edges)
     inputs.valid[1] = False
@@ -232,7 +248,7 @@ def test_a_row_without_valid_tokens_is_finite(attention: str, edges: bool) -> No
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("attention", [attention for attention, edges in PATHS if edges])
 def test_along_edges_influence_goes_one_step_a_layer(attention: str, layers: int) -> None:
     """Row 0 is the path 0 -> 1 -> ... -> 5, row 1 the same one backwards. Beyond reach and across rows: exact zero."""
     length = 6
@@ -396,6 +412,55 @@ def test_layer_scale_of_zero_makes_blocks_the_identity() -> None:
 def test_without_layer_scale_there_is_no_parameter_for_it() -> None:
     names = [name for name, _ in make_encoder().named_parameters()]
     assert not [name for name in names if "scale" in name or "prefix" in name]
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_every_parameter_is_used(options: dict[str, Any]) -> None:
+    """None that a distributed optimiser would wait for in vain, and none whose gradient is zero."""
+    encoder, inputs = make_encoder(**options), make_inputs(edges=True)
+    tokens, prefix = run(encoder, inputs)
+    seen = torch.cat([tokens[inputs.valid], prefix.flatten(0, 1)])
+    (seen * torch.randn(seen.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    idle = [name for name, value in encoder.named_parameters() if value.grad is None or not value.grad.any()]
+    assert not idle
+    names = [name for name, _ in encoder.named_parameters()]
+    assert any("mlp" in name for name in names) == any("norm2" in name for name in names)
+    assert any("mlp" in name for name in names) == options.get("feed_forward", True)
+
+
+def test_dropping_residual_branches_where_there_are_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"drop_path_rate.*residual=False.*0"):
+        Encoder(config(residual=False, drop_path_rate=0.1))
+
+
+@pytest.mark.parametrize("edge_path", [True, False])
+def test_activation_checkpointing_along_edges_gives_the_same_gradients(
+    edge_path: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are computed twice, with the same dropout, and the list of edges passes through."""
+    monkeypatch.setattr(encoder_module, "PAIRS_PER_EDGE", 0 if edge_path else math.inf)
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = sizes | {"position_every_block": True, "attention_probs_dropout_prob": 0.3}
+    model = MMSSLModel(MMSSLConfig(modalities={"graph": {"num_features": 4, "random_walk_steps": 2}}, **shape)).train()
+    randomise(model)
+    modality = model.modalities["graph"]
+    ring: dict[str, Any] = {"x": np.eye(4)[np.arange(8) % 4], "edge_index": [list(range(8)), [*range(1, 8), 0]]}
+    batch = modality.collate([modality.prepare(ring), modality.prepare(ring | {"x": ring["x"] + 0.5})])
+    calls: list[bool] = []
+    blocks(model.encoder)[1].attention.register_forward_hook(
+        lambda _, inputs, __: calls.append(isinstance(inputs[1], EdgeList))
+    )
+    results = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(0)
+        model(**batch).last_hidden_state.sin().sum().backward()
+        results.append([value.grad.clone() for value in model.parameters()])
+        assert calls == [edge_path] * (3 if checkpointing else 1)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Sine-cosine positions against their formula written out and against transformers' table of MAE."""
+"""Positions against their formulas written out, and against transformers' table of MAE."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import ViTMAEConfig
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
-from mmssl.positions import SinCosPositions
+from mmssl.positions import MLPPositions, NoPositions, SinCosPositions
 
 
 def grid(rows: int, columns: int) -> Tensor:
@@ -92,3 +92,62 @@ def test_nothing_is_stored() -> None:
     """No table that a checkpoint could lose or fill with garbage."""
     assert not SinCosPositions(8, axes=2).state_dict()
     assert not list(SinCosPositions(8, axes=2).buffers())
+
+
+def filled(width: int, axes: int, hidden_size: int, gated: bool = False) -> MLPPositions:
+    positions = MLPPositions(width, axes, hidden_size, gated)
+    with torch.no_grad():
+        for name, parameter in positions.named_parameters():
+            if name != "gate":
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                )
+    return positions
+
+
+@pytest.mark.parametrize(("axes", "hidden_size"), [(3, 5), (1, 2)])
+@torch.no_grad()
+def test_learned_positions_are_linear_gelu_linear(axes: int, hidden_size: int) -> None:
+    """GELU is x times the normal distribution function."""
+    positions = filled(4, axes, hidden_size)
+    coords = 3 * torch.randn(2, 3, axes, generator=torch.Generator().manual_seed(0))
+    first, second = positions.fc1, positions.fc2
+    for row, places in zip(positions(coords), coords, strict=True):
+        for found, place in zip(row.tolist(), places.tolist(), strict=True):
+            inner = []
+            for weights, bias in zip(first.weight.tolist(), first.bias.tolist(), strict=True):
+                x = bias + sum(w * c for w, c in zip(weights, place, strict=True))
+                inner.append(x * (1 + math.erf(x / math.sqrt(2))) / 2)
+            expected = [
+                bias + sum(w * x for w, x in zip(weights, inner, strict=True))
+                for weights, bias in zip(second.weight.tolist(), second.bias.tolist(), strict=True)
+            ]
+            assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_gate_starts_closed_and_can_open() -> None:
+    """At first places add nothing, whatever their size; the gate has a slope, and scales what lies behind it."""
+    coords = 1e3 * torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    gated, plain = filled(4, 2, 8, gated=True), filled(4, 2, 8)
+    assert not gated(coords).any()
+    gated(coords).sum().backward()
+    assert gated.gate is not None and gated.gate.grad is not None
+    torch.testing.assert_close(gated.gate.grad, plain(coords).sum()[None])
+    with torch.no_grad():
+        gated.gate.fill_(-2.0)
+    assert torch.equal(gated(coords), -2 * plain(coords))
+    assert {name for name, _ in gated.named_parameters()} - {name for name, _ in plain.named_parameters()} == {"gate"}
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bfloat16, torch.float64])
+def test_learned_positions_have_the_precision_of_their_weights(dtype: torch.dtype) -> None:
+    coords, positions = torch.arange(6).view(1, 3, 2), filled(4, 2, 8)
+    assert torch.equal(positions(coords.to(dtype)), positions(coords.float()))
+    assert positions.double()(coords.to(dtype)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("axes", [0, 3])
+def test_without_places_all_is_zero(axes: int) -> None:
+    positions = NoPositions(6)
+    assert torch.equal(positions(torch.randn(2, 3, axes)), torch.zeros(2, 3, 6))
+    assert not positions.state_dict()

@@ -1,17 +1,17 @@
-"""Where samples come from: a folder, parquet files, a data set on the Hub, or one that the packages bring."""
+"""Where samples come from: a folder, parquet or .npz files, a data set on the Hub, or one that the packages bring."""
 
 import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mmssl.modalities.base import Modality
-from mmssl.samples import Samples
+from mmssl.samples import Samples, Selected
 
 
 @dataclass
@@ -19,13 +19,15 @@ class DataArguments:
     """Which samples to read.
 
     Attributes:
-        source: a folder of files (labels: names of its sub-folders), a parquet file or a pattern of several, the name
-            of a data set on the Hugging Face Hub, or one that the packages bring: "digits" (images, scikit-learn) or
-            "espeak_digits" (synthetic speech, eSpeak NG).
+        source: a folder of files (labels: names of its sub-folders), a parquet file or a pattern of several, a .npz
+            file (a table whose columns are its arrays), the name of a data set on the Hugging Face Hub, or one that the
+            packages bring: "digits" (images, scikit-learn), "espeak_digits" (synthetic speech, eSpeak NG), "shapes"
+            (point clouds, generated) or "digits_graph" (one graph, scikit-learn).
         config_name: configuration of a data set on the Hub.
         split: split of a data set on the Hub or of one that the packages bring.
         column: column of a table that holds the samples. None: the first of the modality's usual names.
-        label_column: column of a table that holds the labels, for probes only. None: "label" or "labels", if any.
+        label_column: column of a table that holds the labels, for probes only. None: "label" or "labels", if any. Of a
+            .npz file, rows with a negative label are left out if the column is named here: they are in no class.
         filter: keep only the rows of a table with "COLUMN=VALUE" or "COLUMN!=VALUE".
         max_samples: keep only the first so many. None: all.
         on_error: what to do with an unreadable sample: "raise", or "skip" it, take the next one, and count it.
@@ -50,7 +52,8 @@ def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
     source = arguments.source
     if source is None:
         raise ValueError(
-            "data.source is not set; expected a folder, parquet files, a Hub data set, digits, espeak_digits"
+            "data.source is not set; expected a folder, parquet files, a .npz file, a Hub data set, "
+            f"{', '.join(BUILTIN)}"
         )
     path = Path(source).expanduser()
     if source in BUILTIN:
@@ -65,10 +68,14 @@ def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
         if not (any(path.parent.glob(path.name)) if "*" in path.name else path.is_file()):
             raise ValueError(f"data.source: no file {source}; expected an existing parquet file or a pattern of some")
         samples = from_table(arguments, modality, "parquet", data_files=str(path))
+    elif path.suffix == ".npz":
+        if not path.is_file():
+            raise ValueError(f"data.source: no file {source}; expected an existing .npz file")
+        samples = from_arrays(arguments, modality, path)
     elif path.is_file() or path.is_absolute() or source.startswith(("./", "../", "~")):
         found = "a file" if path.is_file() else "nothing"
         raise ValueError(
-            f"data.source: found {found} at {source}; expected a folder, a .parquet file or a Hub data set"
+            f"data.source: found {found} at {source}; expected a folder, a .parquet or .npz file or a Hub data set"
         )
     else:
         samples = from_table(arguments, modality, source, name=arguments.config_name)
@@ -117,7 +124,7 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
             table = table.cast_column(name, type(feature)(decode=False))
     rows = np.arange(len(table))
     if arguments.filter:
-        rows = rows_where(table, arguments.filter)
+        rows = rows_where(arguments.filter, table.column_names, partial(texts_of, table))
         table = table.select(rows)
     column = pick(table.column_names, arguments.column, modality.columns, "column")
     label_column = pick(table.column_names, arguments.label_column, ("label", "labels"), "label_column", optional=True)
@@ -139,20 +146,88 @@ def row_name(source: str, rows: np.ndarray, i: int) -> str:
     return f"{source}, row {rows[i]}"
 
 
-def rows_where(table, condition: str) -> np.ndarray:
-    """Positions of the rows that fulfil "COLUMN=VALUE" or "COLUMN!=VALUE"; values of a class label go by their name."""
+def texts_of(table, column: str) -> list[str]:
+    """A column as text; values of a class label go by their name."""
+    names = getattr(table.features[column], "names", None)
+    return [str(names[value] if names else value) for value in table[column]]
+
+
+def rows_where(condition: str, columns: Sequence[str], texts: Callable[[str], Sequence[str]]) -> np.ndarray:
+    """Positions of the rows that fulfil "COLUMN=VALUE" or "COLUMN!=VALUE"; ``texts`` gives a column as text."""
     compare, symbol = (operator.ne, "!=") if "!=" in condition else (operator.eq, "=")
     column, found, value = (part.strip() for part in condition.partition(symbol))
-    if not found or column not in table.column_names:
+    if not found or column not in columns:
         raise ValueError(
             f"data.filter: found {condition!r}; expected COLUMN=VALUE or COLUMN!=VALUE with a column of "
-            f"{', '.join(table.column_names)}"
+            f"{', '.join(columns)}"
         )
-    names = getattr(table.features[column], "names", None)
-    values = np.asarray([str(names[v] if names else v) for v in table[column]])
+    values = np.asarray(texts(column))
     if value not in values:
         raise ValueError(f"data.filter: no row has {column}={value}; found {', '.join(np.unique(values)[:20])}")
     return np.flatnonzero(compare(values, value))
+
+
+def from_arrays(arguments: DataArguments, modality: Modality, path: Path) -> Samples:
+    """Arrays of a .npz file as the columns of a table, a row for each sample; only those that are asked for are read.
+
+    Labels are integers or text. Integers go by the names in the array COLUMN_names or, where there is none, "names".
+
+    Raises:
+        ValueError: no readable file; or an array that is not there, needs pickle, or is not as long as the samples.
+    """
+    try:
+        archive = np.load(path, allow_pickle=False)
+        names = archive.files
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds
+        raise ValueError(f"data.source: cannot read {path} ({error}); expected an intact .npz file") from error
+    with archive:
+        column = str(pick(names, arguments.column, modality.columns, "column"))
+        values: Any = array_of(archive, column)
+        if not values.ndim:
+            raise ValueError(f"data.column: the array {column} of {path} is one value; expected a row for each sample")
+        rows = np.arange(len(values))
+        label_column = pick(names, arguments.label_column, ("label", "labels"), "label_column", optional=True)
+        if label_column is not None and arguments.label_column is None:
+            found = array_of(archive, label_column)  # "label" may be anything; labels are for probes only
+            label_column = label_column if found.shape == rows.shape and found.dtype.kind in "biuU" else None
+        if label_column is not None:
+            entries = entries_of(archive, label_column, len(values), "label_column")
+            texts = [str(entry) for entry in entries]
+            known = next((array_of(archive, name) for name in (f"{label_column}_names", "names") if name in names), ())
+            if entries.dtype.kind in "iu" and len(entries) and entries.max() < len(known):
+                texts = [str(known[entry]) if entry >= 0 else str(entry) for entry in entries]
+            if arguments.label_column is not None and entries.dtype.kind == "i":
+                rows = np.flatnonzero(entries >= 0)
+        if arguments.filter:
+
+            def texts_of_column(name: str) -> list[str]:
+                if name == label_column:
+                    return texts
+                return [str(entry) for entry in entries_of(archive, name, len(values), "filter")]
+
+            rows = np.intersect1d(rows, rows_where(arguments.filter, names, texts_of_column))
+    samples = Samples(Selected(values, rows), partial(row_name, str(arguments.source), rows))
+    if label_column is not None:
+        _, first, samples.labels = np.unique(entries[rows], return_index=True, return_inverse=True)
+        samples.classes = [texts[row] for row in rows[first]]
+    return samples
+
+
+def array_of(archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    try:
+        return archive[name]
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds
+        raise ValueError(f"data.source: cannot read the array {name} ({error}); expected numbers or text") from error
+
+
+def entries_of(archive: np.lib.npyio.NpzFile, name: str, length: int, flag: str) -> np.ndarray:
+    array = array_of(archive, name)
+    if array.shape != (length,) or array.dtype.kind not in "biuU":
+        raise ValueError(
+            f"data.{flag}: the array {name} is {array.dtype} of shape {array.shape}; expected an integer or a text for "
+            f"each of the {length:,} samples"
+        )
+    return array
 
 
 def pick(
@@ -189,10 +264,44 @@ def espeak_digits(split: str) -> Samples:
     return Samples(records, f"espeak_digits {split}, clip {{}}".format, data.digits[index], [str(i) for i in range(10)])
 
 
+def shapes(split: str) -> Samples:
+    """Ten families of surfaces as clouds of 2,048 points: 2,000 in the split "train", 500 in "test"."""
+    from mmssl.data.shapes import FAMILIES, Shapes
+
+    clouds = Shapes(checked(split, "shapes"))
+    labels = np.arange(len(clouds)) % len(FAMILIES)
+    return Samples(clouds, f"shapes {split}, cloud {{}}".format, labels, list(FAMILIES))
+
+
+def digits_graph(split: str) -> Samples:
+    """One graph: scikit-learn's 1,797 handwritten digits, each joined to its 8 nearest ones by their pixels.
+
+    20 nodes of each class are labelled for training, 500 for validation, 1,000 for testing, as in citation graphs.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.neighbors import kneighbors_graph
+
+    checked(split, "digits_graph")
+    data = load_digits()
+    neighbors = kneighbors_graph(data.data, 8).tocoo()
+    order = np.random.RandomState(0).permutation(len(data.target))
+    train = np.concatenate([order[data.target[order] == digit][:20] for digit in range(10)])
+    rest = order[~np.isin(order, train)]
+    splits = np.full(len(order), "", dtype="<U10")
+    splits[train], splits[rest[:500]], splits[rest[500:1500]] = "train", "validation", "test"
+    graph = {"x": data.data.astype(np.float32), "edge_index": np.stack([neighbors.col, neighbors.row])}
+    return Samples([graph], "digits_graph {}".format, token_labels=[data.target], token_splits=[splits])
+
+
 def checked(split: str, source: str) -> str:
     if split not in ("train", "test"):
         raise ValueError(f"data.split: found {split!r}; {source} has the splits train and test")
     return split
 
 
-BUILTIN: dict[str, Callable[[str], Samples]] = {"digits": digits, "espeak_digits": espeak_digits}
+BUILTIN: dict[str, Callable[[str], Samples]] = {
+    "digits": digits,
+    "espeak_digits": espeak_digits,
+    "shapes": shapes,
+    "digits_graph": digits_graph,
+}

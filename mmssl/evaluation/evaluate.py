@@ -2,21 +2,19 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from sklearn.model_selection import train_test_split
 from transformers import AutoModel
 
-from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
-from mmssl.data.sources import BUILTIN
-from mmssl.evaluation.features import extract, pooled
-from mmssl.evaluation.protocols import PROTOCOLS
-from mmssl.modalities.base import Modality
+from mmssl.data import DataArguments
+from mmssl.evaluation.features import Pooling, features_of
+from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS
+from mmssl.evaluation.splits import check_labels, labelled_pair, positions
 from mmssl.modeling import MMSSLModel
 
 
@@ -28,8 +26,8 @@ class Score:
         protocol: name of the protocol.
         row: "raw" features, "untrained" encoder or "pretrained" encoder.
         values: one accuracy for each seed; a single one for raw features, which have none.
-        n_train: labelled samples that the probe was fitted on.
-        n_test: samples that it was tested on.
+        n_train: labelled samples, or tokens, that the probe was fitted on, with what it held out of them to choose on.
+        n_test: samples, or tokens, that it was tested on. In cross-validation all of them, each once.
     """
 
     protocol: str
@@ -43,21 +41,24 @@ def evaluate(
     checkpoints: Sequence[str | Path],
     data: DataArguments,
     test: DataArguments | None = None,
-    protocols: Sequence[str] = ("knn", "linear", "few_shot"),
+    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
     modality: str | None = None,
+    pooling: Pooling = "mean",
 ) -> list[Score]:
     """Probe frozen features of checkpoints that differ in their seed alone.
 
     Args:
         checkpoints: folders or Hub names of pretrained models, one for each seed.
-        data: labelled samples that the probes are fitted on.
-        test: labelled samples that they are tested on. None: the split "test" of data that come with the packages, and
-            of others a stratified fifth that is held out.
+        data: labelled samples, or samples whose tokens have labels, that the probes are fitted on.
+        test: those that they are tested on. None: the published split of tokens or the split "test" of data that come
+            with the packages, and of others a stratified fifth of the labels that is held out.
         protocols: names of ``PROTOCOLS``.
         modality: which modality of a model that has several.
+        pooling: from tokens to samples: "mean", "max", "sum" or "mean_max". Raw features are the modality's own.
 
     Raises:
-        ValueError: no labels, an unknown protocol, or classes in the test data that the training data lack.
+        ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, or a pooling
+            for labels of tokens.
     """
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {', '.join(PROTOCOLS)}")
@@ -75,24 +76,36 @@ def evaluate(
         raise ValueError(f"modality: found {modality}; the model has {', '.join(names)}: say which one the data are of")
     adapter = models[0].adapters[modality or names[0]]
     train_samples, test_samples = labelled_pair(data, test, adapter)
+    if train_samples.token_labels is not None and pooling != "mean":
+        raise ValueError(f"pooling: found {pooling}, but the labels are of tokens, which are not pooled; leave it out")
     labels, test_labels = check_labels(train_samples, "data"), check_labels(test_samples, "test")
+    fit, choose, held_out = (
+        positions(samples, split)
+        for samples, split in ((train_samples, "train"), (train_samples, "validation"), (test_samples, "test"))
+    )
+    everything = len(fit) + len(choose) + len(held_out)
+    sizes = {protocol: (len(fit), len(held_out)) for protocol in protocols}
+    sizes["svm"] = everything - everything // FOLDS, everything  # the one that is cross-validated
 
     rows = ["raw"] + ["untrained"] * len(models) + ["pretrained"] * len(models)
-    extractors = [adapter.raw_features, *(pooled(model) for model in (*untrained, *models))]
-    fits = extract(PreparedSamples(train_samples, adapter), extractors, device)
-    held_out = extract(PreparedSamples(test_samples, adapter), extractors, device)
+    found = features_of(train_samples, adapter, (*untrained, *models), pooling, device)
+    test_found = found
+    if test_samples is not train_samples:
+        test_found = features_of(test_samples, adapter, (*untrained, *models), pooling, device)
     scores = {
-        (row, protocol): Score(protocol, row, [], len(labels), len(test_labels))
+        (row, protocol): Score(protocol, row, [], *sizes[protocol])
         for row in dict.fromkeys(rows)
         for protocol in protocols
     }
-    for row, features, test_features in zip(rows, fits, held_out, strict=True):
+    for row, features, test_features in zip(rows, found, test_found, strict=True):
+        validation = (features[choose], labels[choose]) if len(choose) else None
+        given = features[fit], labels[fit], test_features[held_out], test_labels[held_out], validation
         for protocol in protocols:
             try:
-                score = PROTOCOLS[protocol](features, labels, test_features, test_labels)
+                score = PROTOCOLS[protocol](*given)
             except ValueError as error:
-                fewest = np.unique(labels, return_counts=True)[1].min()
-                raise ValueError(f"protocol {protocol}: {error} (the rarest class has {fewest} samples)") from error
+                fewest = np.unique(labels[fit], return_counts=True)[1].min()
+                raise ValueError(f"protocol {protocol}: {error} (the rarest class has {fewest} labels)") from error
             scores[row, protocol].values.append(score)
     return list(scores.values())
 
@@ -120,59 +133,22 @@ def fresh(model: MMSSLModel, seed: int) -> MMSSLModel:
         return MMSSLModel(copy.deepcopy(model.config))
 
 
-def labelled_pair(data: DataArguments, test: DataArguments | None, modality: Modality) -> tuple[Samples, Samples]:
-    """Training and test samples; checks that both have the same classes."""
-    train_samples = readable(load_samples(data, modality), data, modality)
-    if test is not None and test.source is not None:
-        test_samples = readable(load_samples(test, modality), test, modality)
-    elif data.source in BUILTIN and data.split == "train":
-        test_samples = load_samples(replace(data, split="test"), modality)
-    else:
-        labels = check_labels(train_samples, "data")
-        fit, held_out = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
-        train_samples, test_samples = train_samples.select(fit), train_samples.select(held_out)
-    occurring = {train_samples.classes[label] for label in np.unique(check_labels(train_samples, "data"))}
-    labels = check_labels(test_samples, "test")
-    if missing := {test_samples.classes[label] for label in np.unique(labels)} - occurring:
-        raise ValueError(f"test: classes {', '.join(sorted(missing)[:10])} do not occur in the training data")
-    position = {name: number for number, name in enumerate(train_samples.classes)}
-    test_samples.labels = np.array([position[test_samples.classes[label]] for label in labels])
-    return train_samples, test_samples
-
-
-def readable(samples: Samples, arguments: DataArguments, modality: Modality) -> Samples:
-    """With ``on_error="skip"``, the samples that can be read: a substitute would have another one's label."""
-    if arguments.on_error == "raise":
-        return samples
-    dataset = PreparedSamples(samples, modality, "skip")
-    return samples.select(np.array([i for i in range(len(samples)) if not dataset[i][1]], dtype=int))
-
-
-def check_labels(samples: Samples, name: str) -> np.ndarray:
-    """The labels.
-
-    Raises:
-        ValueError: there are none, or they are of one class.
-    """
-    if samples.labels is None:
-        raise ValueError(
-            f"{name}: found no labels; expected a folder with a sub-folder for each class, or a label_column"
-        )
-    if len(np.unique(samples.labels)) < 2:
-        raise ValueError(f"{name}: found one class only; a probe needs at least two")
-    return samples.labels
-
-
 def print_scores(scores: Sequence[Score], title: str) -> None:
     """A table with a line for each row and a column for each protocol: accuracy, with its spread over seeds."""
     protocols = list(dict.fromkeys(score.protocol for score in scores))
     labels = {"raw": "raw features", "untrained": "untrained encoder", "pretrained": "pretrained encoder"}
-    table = Table(
-        title=f"{title}\naccuracy on {scores[0].n_test:,} samples, probes fitted on {scores[0].n_train:,}", min_width=60
-    )
+    sizes: dict[tuple[int, int], list[str]] = {}
+    for score in scores:
+        if score.protocol not in (same := sizes.setdefault((score.n_test, score.n_train), [])):
+            same.append(score.protocol)
+    lines = [
+        f"{', '.join(names)}: " * (len(sizes) > 1) + f"accuracy on {n_test:,} labels, probes fitted on {n_train:,}"
+        for (n_test, n_train), names in sizes.items()
+    ]
+    table = Table(title="\n".join([title, *lines]), min_width=60)
     table.add_column("features")
     for protocol in protocols:
-        table.add_column(protocol, justify="right")
+        table.add_column(protocol, justify="right", overflow="fold")
     for row, label in labels.items():
         cells = []
         for protocol in protocols:

@@ -31,7 +31,8 @@ def draw_reconstructions(objective: MaskedReconstruction, batch: Batch, path: st
         restored = torch.where(where, modality.content_of(out.prediction, clean), clean.content)
     else:
         rows = torch.arange(len(clean.content), device=out.index.device)[:, None]
-        prediction, seen = clean.content.clone(), clean.content.clone()
+        # The shape of what is predicted may differ from that of the content.
+        prediction, seen = modality.target(clean).clone(), clean.content.clone()
         prediction[rows, out.index] = out.prediction.to(prediction.dtype)
         hidden = torch.zeros_like(clean.valid)
         hidden[rows, out.index] = out.where

@@ -1,5 +1,6 @@
 """What one wants to see when a run has ended."""
 
+import json
 from pathlib import Path
 
 from accelerate import PartialState
@@ -19,24 +20,33 @@ def report(run: Path, objective: Objective, data: DataArguments) -> None:
     Args:
         run: folder of a finished run.
         objective: what it trained, as ``load_objective`` returns it.
-        data: the samples to look at.
+        data: the samples to look at; those of further modalities are the ones that the run was trained on.
     """
     if not PartialState().is_main_process:
         return
     print(f'\nThe model is in {run}. To load it: import mmssl; AutoModel.from_pretrained("{run}")')
-    (modality,) = objective.model.adapters.values()
+    record = json.loads((run / "run.json").read_text())
+    look(run, objective, data, next(iter(record["modality"])), "reconstructions.png")
+    for name, source in record.get("also", {}).items():
+        look(run, objective, DataArguments(**source["data"]), name, f"reconstructions_{name}.png")
+
+
+def look(run: Path, objective: Objective, data: DataArguments, name: str, picture: str) -> None:
+    """Draw and probe one modality."""
+    modality = objective.model.adapters[name]
     samples = load_samples(data, modality)
     if isinstance(objective, MaskedReconstruction):
         few = PreparedSamples(samples, modality, data.on_error)
         batch = few.collate([few[i] for i in range(min(8, len(few)))])["inputs"]
-        picture = draw_reconstructions(objective, batch, run / "reconstructions.png")
-        print(f"Originals, what the encoder saw of them, and reconstructions: {picture}")
-    if samples.labels is None:
+        path = draw_reconstructions(objective, batch, run / picture)
+        print(f"Originals, what the encoder saw of them, and reconstructions: {path}")
+    if samples.labels is None and samples.token_labels is None:
         return
     if len(samples) > MOST:  # the first ones alone would be of the first classes, where files are sorted by class
-        print(f"Probes of {len(samples):,} labelled samples take a while: mmssl evaluate {run} --data {data.source}")
+        flags = f"--data {data.source}" + (f" --modality {name}" if len(objective.model.adapters) > 1 else "")
+        print(f"Probes of {len(samples):,} labelled samples take a while: mmssl evaluate {run} {flags}")
         return
     try:
-        print_scores(evaluate([run], data), title=str(run))
+        print_scores(evaluate([run], data, modality=name), title=f"{run}: {name}")
     except ValueError as error:
         print(f"The labels do not allow a probe: {error}")

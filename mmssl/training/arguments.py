@@ -1,7 +1,32 @@
 """Flags of a training run, named as in Hugging Face's own scripts."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from mmssl.data import DataArguments
+from mmssl.modalities.base import Modality
+
+
+@dataclass
+class Source:
+    """Samples of one modality, and how often they are trained on.
+
+    Attributes:
+        modality: what the samples are, and how they become tokens.
+        data: where they come from.
+        weight: how often an optimiser step is of this modality, relative to the first one, whose weight is 1.
+        per_device_train_batch_size: samples of a batch on each device. None: as many as of the first modality.
+    """
+
+    modality: Modality
+    data: DataArguments
+    weight: float = 1.0
+    per_device_train_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise ValueError(f"weight of {self.modality.name}: found {self.weight}; expected a number above 0")
 
 
 @dataclass
@@ -13,7 +38,7 @@ class TrainArguments:
         overwrite_output_dir: delete an earlier run in that folder.
         per_device_train_batch_size: samples of a batch on each device.
         gradient_accumulation_steps: batches per optimiser step.
-        num_train_epochs: passes over the data.
+        num_train_epochs: passes over the data; in a joint run, over those of the first modality, on the average.
         max_train_steps: optimiser steps; wins over num_train_epochs.
         learning_rate: peak learning rate, as it is: not scaled by the batch size.
         min_learning_rate: learning rate at the last step.
@@ -25,7 +50,7 @@ class TrainArguments:
         adam_epsilon: AdamW's epsilon.
         max_grad_norm: gradients are clipped to this norm. None: not clipped.
         seed: start values, order of the data, views, masks and dropout all follow from it.
-        dataloader_num_workers: processes per device that prepare samples. 0: none but the main one.
+        dataloader_num_workers: processes per device and modality that prepare samples. 0: none but the main one.
         logging_steps: optimiser steps between two lines of metrics.jsonl.
         checkpointing_steps: optimiser steps between two checkpoints. None: none but the model at the end.
         checkpoints_total_limit: how many checkpoints are kept, the newest ones. None: all.

@@ -75,7 +75,17 @@ def check_same_run(checkpoint: Path, record: dict[str, Any]) -> None:
     saved = json.loads((checkpoint / RECORD).read_text())
     here = json.loads(json.dumps(record))
     differences = []
-    for group in ("modality", "objective", "encoder", "data", "train", "processes", "mixed_precision", "samples"):
+    for group in (
+        "modality",
+        "objective",
+        "encoder",
+        "data",
+        "also",
+        "train",
+        "processes",
+        "mixed_precision",
+        "samples",
+    ):
         old, new = flatten(saved.get(group), group), flatten(here.get(group), group)
         for key in sorted(set(old) | set(new)):
             if key.removeprefix("train.") in TrainArguments.FREE or old.get(key) == new.get(key):

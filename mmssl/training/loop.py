@@ -5,19 +5,18 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from mmssl.data import DataArguments, PreparedSamples, load_samples
+from mmssl.data import DataArguments
 from mmssl.discovery import options_of
 from mmssl.encoder import EncoderConfig
 from mmssl.modalities.base import Modality
@@ -25,33 +24,25 @@ from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.base import Objective, ObjectiveOutput
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 from mmssl.randomness import keyed_generator
-from mmssl.training.arguments import TrainArguments
+from mmssl.training.arguments import Source, TrainArguments
 from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, flatten, save_checkpoint
+from mmssl.training.metrics import Metrics
 from mmssl.training.run import save_heads
 from mmssl.training.schedule import learning_rate
-from mmssl.training.setup import (
-    METRICS,
-    check_output_dir,
-    count_steps,
-    device_name,
-    make_loader,
-    make_optimizer,
-    prepare_output_dir,
-)
+from mmssl.training.setup import check_output_dir, device_name, make_optimizer, prepare_output_dir
+from mmssl.training.streams import Stream, count_steps, draw, open_stream
 
 
 class Progress:
-    """Where a run stands; registered with Accelerate, so it is part of every checkpoint.
+    """Where a run stands, but for its data; registered with Accelerate, so it is part of every checkpoint.
 
     Attributes:
         step: optimiser steps done.
         seconds: time it took, over all sessions.
-        epoch: passes over the data done.
-        batch: batches done in this epoch, on each process.
     """
 
     def __init__(self) -> None:
-        self.step = self.epoch = self.batch = 0
+        self.step = 0
         self.seconds = 0.0
 
     def state_dict(self) -> dict[str, float]:
@@ -67,6 +58,7 @@ def pretrain(
     encoder: EncoderConfig = EncoderConfig(),
     data: DataArguments = DataArguments(),
     train: TrainArguments = TrainArguments(),
+    also: Sequence[Source] = (),
 ) -> Path:
     """Pretrain an encoder; start with ``accelerate launch`` for several processes or mixed precision.
 
@@ -76,11 +68,17 @@ def pretrain(
         encoder: shape of the transformer.
         data: where the samples come from.
         train: how to train.
+        also: further modalities that share the encoder. Each optimiser step is of one modality, drawn by weight.
 
     Returns:
         The folder of the run, which ``AutoModel.from_pretrained`` and ``AutoProcessor.from_pretrained`` load.
+
+    Raises:
+        ValueError: among others, if two sources are of the same modality.
     """
     output_dir = Path(train.output_dir)
+    # In a joint run, the parameters of the modalities that a step does not read get no gradient.
+    joint = [DistributedDataParallelKwargs(find_unused_parameters=True)] if also else None
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=train.gradient_accumulation_steps, sync_with_dataloader=False
@@ -89,37 +87,59 @@ def pretrain(
         log_with=train.report_to,
         project_dir=train.output_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=train.seed),
+        kwargs_handlers=joint,
     )
     check_output_dir(output_dir, train)
 
-    # The given modality has no parameters and stays on the data side; the model makes its own.
-    dataset = PreparedSamples(load_samples(data, modality), modality, data.on_error, train.seed)
-    loader = make_loader(dataset, train, accelerator)
-    total_steps = count_steps(len(loader) // accelerator.num_processes, train)
+    sources: dict[str, Source] = {}
+    for source in (Source(modality, data), *also):
+        if source.modality.name in sources:
+            raise ValueError(
+                f"also: found two sources of the modality {source.modality.name}; expected one of each, as the model "
+                "knows a batch by its modality: put the samples into one folder or table"
+            )
+        sources[source.modality.name] = source
+    streams = {name: open_stream(source, train, accelerator) for name, source in sorted(sources.items())}
+    total_steps = count_steps(streams, modality.name, train, accelerator.num_processes)
 
     torch.manual_seed(train.seed)
-    config = MMSSLConfig(modalities={modality.name: modality.options()}, **asdict(encoder))
+    options = {name: source.modality.options() for name, source in sources.items()}
+    config = MMSSLConfig(modalities=options, **asdict(encoder))
     config._attn_implementation = train.attn_implementation
     module = objective(MMSSLModel(config))
     if train.activation_checkpointing:
         module.model.activation_checkpointing_enable()
     record = {
-        "modality": {modality.name: modality.options()},
+        "modality": options,
         "objective": {type(module).__name__: options_of(module)},
         "encoder": asdict(encoder),
         "data": asdict(data),
+        "samples": len(streams[modality.name].dataset),
+        "also": {
+            source.modality.name: {
+                "data": asdict(source.data),
+                "samples": len(streams[source.modality.name].dataset),
+                "weight": source.weight,
+                "per_device_train_batch_size": streams[source.modality.name].batch_size,
+            }
+            for source in also
+        },
         "train": asdict(train),
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        "samples": len(dataset),
         "versions": {
             name: importlib.metadata.version(name) for name in ("mmssl", "torch", "transformers", "accelerate")
         },
     }
     optimizer = make_optimizer(module, train)
-    module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
-    run = Run(accelerator, module, optimizer, loader, dataset, train, total_steps, record)
-    accelerator.register_for_checkpointing(run.progress)
+    module, optimizer, *loaders = accelerator.prepare(
+        module, optimizer, *(stream.loader for stream in streams.values())
+    )
+    for stream, loader in zip(streams.values(), loaders, strict=True):
+        stream.loader = loader
+    metrics = Metrics(accelerator, train, streams, modality.name)
+    run = Run(accelerator, module, optimizer, streams, train, total_steps, record, metrics)
+    accelerator.register_for_checkpointing(run.progress, *streams.values())
 
     if train.resume_from_checkpoint:
         checkpoint = find_checkpoint(train.resume_from_checkpoint, output_dir)
@@ -156,28 +176,21 @@ class Run:
     """A run between its first step and its last.
 
     Attributes:
+        streams: batches of each modality.
         total_steps: optimiser steps of the whole run.
         record: what the run is; goes into every checkpoint.
-        failed: positions of samples that could not be read.
-        losses: of the batches since the last optimiser step.
-        logged: time of the last line of metrics, and ``logged_step`` its step.
-        waited: seconds spent waiting for batches since then.
+        metrics: what is written while it trains.
     """
 
     accelerator: Accelerator
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    loader: DataLoader
-    dataset: PreparedSamples
+    streams: dict[str, Stream]
     train: TrainArguments
     total_steps: int
     record: dict[str, Any]
+    metrics: Metrics
     progress: Progress = field(default_factory=Progress)
-    failed: set[int] = field(default_factory=set)
-    losses: list[Tensor] = field(default_factory=list)
-    logged: float = 0.0
-    logged_step: int = 0
-    waited: float = 0.0
 
     def to_the_end(self) -> None:
         """Train until ``total_steps`` optimiser steps are done."""
@@ -190,107 +203,78 @@ class Run:
             disable=not accelerator.is_local_main_process,
             mininterval=0.5 if sys.stderr.isatty() else 30,  # a log file wants few lines
         )
-        self.logged = time.perf_counter()
-        self.logged_step = progress.step
+        weights = {name: stream.weight for name, stream in self.streams.items()}
+        self.metrics.logged = begun = time.perf_counter()
         while progress.step < self.total_steps:
-            batches: Any = self.loader
-            if progress.batch:
-                batches = accelerator.skip_first_batches(self.loader, progress.batch)
-            batches.set_epoch(progress.epoch)
-            asked = begun = time.perf_counter()
-            for batch in batches:
-                self.waited += time.perf_counter() - asked
-                progress.batch += 1
-                self.failed.update(batch["failed"])
-                out, rate, norm = self.train_batch(batch["inputs"])
-                if accelerator.sync_gradients:
-                    progress.step += 1
-                    progress.seconds += time.perf_counter() - begun
-                    begun = time.perf_counter()
-                    accelerator.unwrap_model(self.module).after_step(progress.step / self.total_steps)
-                    every = train.checkpointing_steps
-                    saves = every is not None and progress.step % every == 0
-                    if progress.step % train.logging_steps == 0 or progress.step == self.total_steps or saves:
-                        bar.set_postfix_str(self.log(out, rate, norm), refresh=False)  # and stop if it is not finite
-                    self.losses.clear()
-                    bar.update()
-                    if saves:
-                        output_dir, limit = Path(train.output_dir), train.checkpoints_total_limit
-                        save_checkpoint(accelerator, output_dir, progress.step, self.record, limit)
-                    if progress.step >= self.total_steps:
-                        break
-                asked = time.perf_counter()
-            else:
-                progress.epoch, progress.batch = progress.epoch + 1, 0
+            started = time.perf_counter()
+            name = draw(weights, train.seed, progress.step)
+            loss, out, rate, norm = self.train_step(name)
+            if len(self.streams) > 1 and accelerator.device.type != "cpu":
+                torch.accelerator.synchronize()  # or the clock would give this step's work to the next one's modality
+            now = time.perf_counter()
+            self.metrics.recent.append((name, loss, now - started))
+            progress.seconds += now - begun  # what was saved in between is part of a run, but of no modality
+            begun = now
+            progress.step += 1
+            accelerator.unwrap_model(self.module).after_step(progress.step / self.total_steps)
+            every = train.checkpointing_steps
+            saves = every is not None and progress.step % every == 0
+            if progress.step % train.logging_steps == 0 or progress.step == self.total_steps or saves:
+                own = {"learning_rate": rate, "grad_norm": float(norm)}
+                own |= {name: value.item() for name, value in out.metrics.items()}
+                bar.set_postfix_str(self.metrics.write(progress.step, own), refresh=False)  # and stop if not finite
+            bar.update()
+            if saves:
+                output_dir, limit = Path(train.output_dir), train.checkpoints_total_limit
+                save_checkpoint(accelerator, output_dir, progress.step, self.record, limit)
         bar.close()
         self.report_failed()
 
-    def train_batch(self, inputs: dict[str, Tensor]) -> tuple[ObjectiveOutput, float, Any]:
-        """Forward, backward and, where accumulation ends, an optimiser step; also its rate and the gradient's norm."""
-        accelerator, train, progress = self.accelerator, self.train, self.progress
-        warmup = round(train.warmup_ratio * self.total_steps)
+    def train_step(self, name: str) -> tuple[Tensor, ObjectiveOutput, float, Any]:
+        """An optimiser step, all of its batches of one modality.
+
+        Returns:
+            The loss, the output for the last batch, the learning rate, and the norm of the gradient.
+        """
+        accelerator, train, stream = self.accelerator, self.train, self.streams[name]
         rate = learning_rate(
-            progress.step,
+            self.progress.step,
             self.total_steps,
-            warmup,
+            round(train.warmup_ratio * self.total_steps),
             train.learning_rate,
             train.min_learning_rate,
             train.lr_scheduler_type,
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        rank = accelerator.process_index
-        generator = keyed_generator(accelerator.device, train.seed, progress.epoch, progress.batch, rank)
+        # Batches of the same number must not be masked alike, only because there are several modalities.
+        key = [train.seed] if len(self.streams) == 1 else [train.seed, name]
+        losses: list[Tensor] = []
         norm: Any = 0.0
-        with accelerator.accumulate(self.module):
-            out = self.module(inputs, generator)
-            accelerator.backward(out.loss)
-            if accelerator.sync_gradients:
-                limit = train.max_grad_norm or math.inf  # the norm is logged, clipped or not
-                norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        self.losses.append(out.loss.detach())
-        return out, rate, norm
-
-    def log(self, out: ObjectiveOutput, rate: float, norm: Any) -> str:
-        """Write a line of metrics.jsonl and to the trackers; returns what the progress bar shows.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
-        accelerator, train, progress = self.accelerator, self.train, self.progress
-        loss = accelerator.reduce(torch.stack(self.losses).mean(), reduction="mean").item()
-        now = time.perf_counter()
-        batch_size = train.per_device_train_batch_size * train.gradient_accumulation_steps * accelerator.num_processes
-        metrics = {
-            "step": progress.step,
-            "epoch": progress.epoch + progress.batch / len(self.loader),
-            "loss": loss,
-            "learning_rate": rate,
-            "grad_norm": float(norm),
-            **{name: value.item() for name, value in out.metrics.items()},
-            "samples_per_second": (progress.step - self.logged_step) * batch_size / (now - self.logged),
-            "data_wait": self.waited / (now - self.logged),
-        }
-        if accelerator.is_main_process:
-            with (Path(train.output_dir) / METRICS).open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-        accelerator.log(metrics, step=progress.step)
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {progress.step}; lower train.learning_rate or set train.max_grad_norm, "
-                "and resume from the last checkpoint"
-            )
-        self.logged, self.logged_step, self.waited = now, progress.step, 0.0
-        return f"loss {loss:.4f}, {metrics['samples_per_second']:.0f} samples/s"
+        for _ in range(train.gradient_accumulation_steps):
+            asked = time.perf_counter()
+            inputs = stream.next_inputs()
+            self.metrics.waited += time.perf_counter() - asked
+            rank = accelerator.process_index
+            generator = keyed_generator(accelerator.device, *key, stream.epoch, stream.batch, rank)
+            with accelerator.accumulate(self.module):
+                out = self.module(inputs, generator)
+                accelerator.backward(out.loss)
+                if accelerator.sync_gradients:
+                    limit = train.max_grad_norm or math.inf  # the norm is logged, clipped or not
+                    norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            losses.append(out.loss.detach())
+        return torch.stack(losses).mean(), out, rate, norm
 
     def report_failed(self) -> None:
         """Count and name the samples that could not be read, by any process."""
-        failed = sorted(set(gather_object(sorted(self.failed))))
-        if failed:
-            names = "\n  ".join(self.dataset.samples.name(position) for position in failed[:10])
-            self.accelerator.print(
-                f"{len(failed)} of {len(self.dataset)} samples could not be read and were skipped, among them:\n"
-                f"  {names}"
-            )
+        for modality, stream in self.streams.items():
+            failed = sorted(set(gather_object(sorted(stream.failed))))
+            if failed:
+                names = "\n  ".join(stream.dataset.samples.name(position) for position in failed[:10])
+                self.accelerator.print(
+                    f"{modality}: {len(failed)} of {len(stream.dataset)} samples could not be read and were skipped, "
+                    f"among them:\n  {names}"
+                )

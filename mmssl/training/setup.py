@@ -1,19 +1,15 @@
-"""What a run needs before its first step: its folder, its batches, its optimiser."""
+"""What a run needs before its first step: its folder and its optimiser."""
 
 import json
 import shutil
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader
 
-from mmssl.data import PreparedSamples
 from mmssl.training.arguments import TrainArguments
 from mmssl.training.checkpoint import RECORD, step_folders
-
-METRICS = "metrics.jsonl"
+from mmssl.training.metrics import METRICS
 
 
 def check_output_dir(output_dir: Path, train: TrainArguments) -> None:
@@ -48,31 +44,6 @@ def prepare_output_dir(output_dir: Path, train: TrainArguments, step: int) -> No
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a killed run may cut one
         metrics.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-
-
-def make_loader(dataset: PreparedSamples, train: TrainArguments, accelerator: Accelerator) -> DataLoader:
-    needed = train.per_device_train_batch_size * accelerator.num_processes
-    if len(dataset) < needed:
-        raise ValueError(
-            f"found {len(dataset)} samples, and one batch needs {needed}; lower train.per_device_train_batch_size"
-        )
-    return DataLoader(
-        dataset,
-        batch_size=train.per_device_train_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=dataset.collate,
-        num_workers=train.dataloader_num_workers,
-        persistent_workers=train.dataloader_num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(train.seed),
-    )
-
-
-def count_steps(batches_per_epoch: int, train: TrainArguments) -> int:
-    if train.max_train_steps is not None:
-        return train.max_train_steps
-    return max(1, round(train.num_train_epochs * batches_per_epoch / train.gradient_accumulation_steps))
 
 
 def make_optimizer(module: nn.Module, train: TrainArguments) -> torch.optim.AdamW:

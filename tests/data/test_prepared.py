@@ -1,17 +1,21 @@
-"""Prepared samples: what a DataLoader's workers do with unreadable ones."""
+"""Prepared samples: what a DataLoader's workers do with unreadable ones, and with samples too large to read whole."""
 
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import DataLoaderShard
 from PIL import Image as PILImage
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
+from mmssl.modalities.base import Modality
 from mmssl.modalities.image import Image
 from mmssl.modalities.speech import Speech
 
@@ -117,3 +121,100 @@ def test_workers_may_be_spawned(source: str, tmp_path: Path) -> None:
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy[0][0]["pixel_values"], data[0][0]["pixel_values"])
     assert copy.samples.name(1) == data.samples.name(1)
+
+
+# Excerpts
+
+
+class Lottery(Modality):
+    """Samples are numbers; what is read of one at a time is three random numbers."""
+
+    prepared = 0
+
+    def prepare(self, sample: int) -> dict[str, Tensor]:
+        self.prepared += 1
+        return {"number": torch.tensor(sample)}
+
+    def excerpt(self, sample: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+        if sample["number"] == 13:
+            raise ValueError("found 13; expected a lucky number")
+        draw = torch.zeros(3) if generator is None else torch.rand(3, generator=generator)
+        return {"number": sample["number"], "draw": draw}
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def lottery(count: int = 6, seed: int | None = 0, on_error: Literal["raise", "skip"] = "raise") -> PreparedSamples:
+    return PreparedSamples(Samples(list(range(10, 10 + count)), "number {}".format), Lottery(), on_error, seed)
+
+
+def draws(data: PreparedSamples, epoch: int) -> list[tuple[float, ...]]:
+    data.set_epoch(epoch)
+    return [tuple(data[i][0]["draw"].tolist()) for i in range(len(data))]
+
+
+def test_each_sample_epoch_and_seed_has_its_own_draw_and_keeps_it() -> None:
+    data = lottery(3)
+    seen = [draws(data, epoch) for epoch in (0, 1, 2)] + [draws(lottery(3, seed=1), 0)]
+    assert len({draw for epoch in seen for draw in epoch}) == 4 * 3
+    assert draws(data, 1) == seen[1] == draws(lottery(3), 1)
+    backwards = [tuple(data[i][0]["draw"].tolist()) for i in (2, 1, 0)]
+    assert backwards == seen[1][::-1]
+
+
+def test_without_a_seed_modalities_get_no_generator() -> None:
+    assert draws(lottery(3, seed=None), 0) == draws(lottery(3, seed=None), 7) == [(0.0, 0.0, 0.0)] * 3
+
+
+@pytest.mark.parametrize("options", [{}, {"persistent_workers": True}], ids=["fresh", "persistent"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_excerpts_do_not_depend_on_workers(workers: int, options: dict[str, Any]) -> None:
+    """Also where workers live on from one epoch to the next."""
+    data = lottery(3)
+    loader = DataLoader(data, 2, num_workers=workers, collate_fn=data.collate, **options)
+    for epoch in (0, 1, 5):
+        data.set_epoch(epoch)
+        found = torch.cat([batch["inputs"]["draw"] for batch in loader])
+        assert [tuple(draw) for draw in found.tolist()] == draws(lottery(3), epoch)
+
+
+def test_loaders_of_accelerate_move_the_epoch_on() -> None:
+    data = lottery(3)
+    loader = DataLoaderShard(data, batch_size=3, collate_fn=data.collate)
+    seen = [[tuple(draw) for draw in batch["inputs"]["draw"].tolist()] for _ in range(3) for batch in loader]
+    assert seen == [draws(lottery(3), epoch) for epoch in range(3)]
+
+
+def test_no_global_randomness_is_read_or_changed() -> None:
+    data = lottery(2)
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), str(np.random.get_state())
+    first = draws(data, 0)
+    assert torch.equal(torch.get_rng_state(), before[0]) and str(np.random.get_state()) == before[1]
+    torch.manual_seed(1)
+    assert draws(lottery(2), 0) == first
+
+
+def test_one_large_sample_is_prepared_once() -> None:
+    data = lottery(2)
+    for epoch in range(3):
+        data.set_epoch(epoch)
+        assert data[0][0]["number"] == 10
+    assert data.modality.prepared == 1
+    assert [int(data[i][0]["number"]) for i in (1, 0, 1)] == [11, 10, 11]
+
+
+def test_an_error_of_an_excerpt_names_the_sample_or_skips_it() -> None:
+    with pytest.raises(ValueError, match=r"number 3: found 13; expected a lucky number"):
+        lottery()[3]
+    sample, failed = lottery(on_error="skip")[3]
+    assert int(sample["number"]) == 14 and failed == [3]
+
+
+def test_the_epoch_travels_by_pickle() -> None:
+    data = lottery(2)
+    data.set_epoch(4)
+    copy = pickle.loads(pickle.dumps(data))
+    assert torch.equal(copy[1][0]["draw"], data[1][0]["draw"])
+    assert tuple(copy[1][0]["draw"].tolist()) == draws(lottery(2), 4)[1]

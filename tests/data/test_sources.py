@@ -371,3 +371,127 @@ def test_select_of_select() -> None:
     assert part.labels is not None and part.labels.tolist() == [55, 77, 33] and part.classes is samples.classes
     unlabelled = Samples(values, str).select(np.array([4]))
     assert unlabelled.labels is None and unlabelled.values[0] == "value 4" and unlabelled.name(0) == "4"
+
+
+# ---- Tables of arrays -----------------------------------------------------------------------------------------------
+
+
+def archive_of(path: Path, **arrays: Any) -> Path:
+    """Six grey images, ten times their row, with columns that the test names."""
+    np.savez(path, images=np.full((6, 4, 4), 10, np.uint8) * np.arange(6, dtype=np.uint8)[:, None, None], **arrays)
+    return path
+
+
+PART = np.array(["train", "test", "train", "train", "test", "train"])
+KIND = np.array([2, 0, -1, 0, 2, -1], dtype=np.int16)
+
+
+def test_arrays_are_columns_and_their_names_are_classes(tmp_path: Path) -> None:
+    path = archive_of(tmp_path / "a.npz", label=LABELS, names=NAMES, scalar=3, few=[1, 2])
+    samples = load(path, column="images")
+    assert greys(samples) == [0, 10, 20, 30, 40, 50]
+    assert samples.labels is not None and samples.labels.tolist() == LABELS and list(samples.classes) == NAMES
+    assert samples.name(3) == f"{path}, row 3"
+    text = archive_of(tmp_path / "b.npz", kind=["owl", "ant", "owl", "ant", "owl", "bee"])
+    samples = load(text, column="images", label_column="kind")
+    assert samples.labels is not None and samples.labels.tolist() == [2, 0, 2, 0, 2, 1]
+    assert list(samples.classes) == ["ant", "bee", "owl"] and load(text, column="images").labels is None
+
+
+def test_rows_without_a_label_are_left_out_only_where_labels_are_asked_for(tmp_path: Path) -> None:
+    """Names of the column itself go before "names"; classes without a sample have no number."""
+    path = archive_of(tmp_path / "a.npz", kind=KIND, kind_names=NAMES, names=["no", "not", "never"], part=PART)
+    assert greys(load(path, column="images")) == [0, 10, 20, 30, 40, 50]
+    samples = load(path, column="images", label_column="kind")
+    assert greys(samples) == [0, 10, 30, 40] and [samples.name(i)[-1] for i in range(4)] == list("0134")
+    assert samples.labels is not None and samples.labels.tolist() == [1, 0, 0, 1]
+    assert list(samples.classes) == ["cat", "emu"]
+    usual = archive_of(tmp_path / "b.npz", label=KIND, names=NAMES)
+    samples = load(usual, column="images")
+    assert len(samples) == 6 and samples.labels is not None
+    assert [samples.classes[label] for label in samples.labels] == ["emu", "cat", "-1", "cat", "emu", "-1"]
+    assert greys(load(usual, column="images", label_column="label")) == [0, 10, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("condition", "rows"),
+    [
+        ("part=train", [0, 3]),
+        ("part != train", [1, 4]),
+        ("kind=emu", [0, 4]),
+        ("kind!=emu", [1, 3]),
+        ("year=1999", [3]),
+    ],
+)
+def test_filter_of_arrays(condition: str, rows: list[int], tmp_path: Path) -> None:
+    """Among the rows that have a label; labels go by their names, other columns as they are."""
+    path = archive_of(tmp_path / "a.npz", kind=KIND, kind_names=NAMES, part=PART, year=YEARS)
+    samples = load(path, column="images", label_column="kind", filter=condition)
+    assert greys(samples) == [10 * row for row in rows]
+    assert samples.labels is not None and [samples.name(i)[-1] for i in range(len(samples))] == [str(r) for r in rows]
+    assert [samples.classes[label] for label in samples.labels] == [NAMES[KIND[row]] for row in rows]
+
+
+@pytest.mark.parametrize("label", [[0.5] * 6, [[1, 2]] * 6, [0, 1], 7], ids=["floats", "two each", "two", "one"])
+def test_an_array_called_label_that_holds_no_classes_does_not_stop_pretraining(label: Any, tmp_path: Path) -> None:
+    path = archive_of(tmp_path / "a.npz", label=label)
+    samples = load(path, column="images")
+    assert samples.labels is None and len(samples) == 6
+    with pytest.raises(ValueError, match=r"data.label_column: the array label is .*each of the 6 samples"):
+        load(path, column="images", label_column="label")
+
+
+def test_names_that_do_not_reach_all_labels_are_not_used(tmp_path: Path) -> None:
+    path = archive_of(tmp_path / "a.npz", year=YEARS, names=NAMES)
+    assert list(load(path, column="images", label_column="year").classes) == ["1998", "1999", "2000"]
+
+
+def test_only_the_arrays_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    """One that needs pickle is no trouble as long as nobody wants it; a modality's own collection goes first."""
+    path = archive_of(tmp_path / "a.npz", words=np.array([{"a": 1}] * 6, dtype=object), label=LABELS)
+    assert len(load(path, column="images")) == 6
+    for flags in ({"column": "words"}, {"column": "images", "label_column": "words"}):
+        with pytest.raises(ValueError, match="cannot read the array words"):
+            load(path, **flags)
+
+    class Own(Image):
+        def collection(self, source: str) -> Samples | None:
+            return Samples(["mine"], str) if source.endswith(".npz") else None
+
+    assert load_samples(DataArguments(source=str(path)), Own()).values == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "data.column: expected one of image, img, pixel_values; found the columns images, part, one"),
+        ({"column": "x"}, "data.column: expected x; found the columns images, part, one"),
+        ({"column": "one"}, "data.column: the array one of .* is one value"),
+        ({"column": "images", "label_column": "kind"}, "data.label_column: expected kind; found the columns images"),
+        ({"column": "images", "filter": "split=test"}, "data.filter: .*a column of images, part, one"),
+        ({"column": "images", "filter": "one=3"}, "data.filter: the array one is int64 of shape"),
+        ({"column": "images", "filter": "part=valid"}, "no row has part=valid; found test, train"),
+    ],
+)
+def test_flags_that_do_not_fit_the_arrays(flags: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(archive_of(tmp_path / "a.npz", part=PART, one=3), **flags)
+
+
+def test_archives_that_are_broken_or_not_there(tmp_path: Path) -> None:
+    whole = archive_of(tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "words.npz").write_text("words")
+    (tmp_path / "empty.npz").write_text("")
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    for name in ("cut", "words", "empty", "one"):
+        with pytest.raises(ValueError, match=rf"cannot read .*{name}.npz .*expected an intact .npz file"):
+            load(tmp_path / f"{name}.npz", column="images")
+    at = whole.index(bytes([30] * 16))  # a pixel that the checksum does not agree with
+    (tmp_path / "flipped.npz").write_bytes(whole[:at] + b"\x00" + whole[at + 1 :])
+    with pytest.raises(ValueError, match="cannot read the array images"):
+        load(tmp_path / "flipped.npz", column="images")
+    for source in ("nowhere.npz", tmp_path / "nowhere.npz"):
+        with pytest.raises(ValueError, match=r"no file .*nowhere.npz; expected an existing .npz file"):
+            load(source)

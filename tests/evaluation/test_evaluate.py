@@ -1,6 +1,7 @@
 """Tests of the three rows beside each other: which samples, which labels and which features a probe gets to see."""
 
 import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import AutoModel, BertConfig, BertModel
 
+from mmssl.cli import evaluate_command
 from mmssl.data import DataArguments, PreparedSamples, Samples
 from mmssl.evaluation import PROTOCOLS, Score, evaluate, print_scores
-from mmssl.evaluation.evaluate import fresh, labelled_pair, load_model
+from mmssl.evaluation.evaluate import fresh, load_model
 from mmssl.evaluation.features import extract, pooled
+from mmssl.evaluation.splits import labelled_pair
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 
@@ -33,6 +36,7 @@ class Call:
     labels: np.ndarray
     test: np.ndarray
     test_labels: np.ndarray
+    validation: tuple[np.ndarray, np.ndarray] | None = None
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Adds the protocol "spy", which notes what it gets; its score is the number of the call."""
     found: list[Call] = []
 
-    def spy(*given: np.ndarray) -> float:
+    def spy(*given: Any) -> float:
         found.append(Call(*given))
         return float(len(found))
 
@@ -140,7 +144,7 @@ def test_values_are_those_of_the_protocols(tmp_path: Path, calls: list[Call]) ->
     assert all(len(found["raw", name]) == 1 < len(found["untrained", name]) == 2 for name in ("knn", "linear"))
 
 
-def test_all_protocols_are_the_default(tmp_path: Path) -> None:
+def test_the_protocols_that_are_the_default(tmp_path: Path) -> None:
     scores = evaluate(save(tmp_path, 0), DataArguments("digits", max_samples=160))
     assert [score.protocol for score in scores] == ["knn", "linear", "few_shot"] * 3
 
@@ -256,7 +260,7 @@ def test_classes_that_are_numbered_differently_go_by_name(monkeypatch: pytest.Mo
         "train": found(["cat", "dog", "emu"], ["cat", "dog", "emu"]),
         "test": found(["dog", "emu", "cat", "emu"], ["emu", "cat", "dog"]),
     }
-    module = importlib.import_module("mmssl.evaluation.evaluate")
+    module = importlib.import_module("mmssl.evaluation.splits")
     monkeypatch.setattr(module, "load_samples", lambda arguments, modality: sources[arguments.source])
     train, test = labelled_pair(DataArguments("train"), DataArguments("test"), Image(**IMAGE))
     assert train.labels is not None and test.labels is not None
@@ -398,3 +402,33 @@ def test_scores_are_printed_as_means_with_their_spread(
     ]
     title = " ".join(lines)
     assert "my run" in title and "1,234" in title and "567" in title
+
+
+def test_protocols_that_read_other_samples_say_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """svm goes through all samples in ten folds: nine tenths of them are fitted on, each one is tested."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setitem(PROTOCOLS, "svm", lambda *given: 0.5)
+    scores = evaluate(save(tmp_path, 0), DataArguments("digits", max_samples=60), protocols=["knn", "svm", "linear"])
+    assert {(score.protocol, score.n_train, score.n_test) for score in scores} == {
+        ("knn", 60, 60),
+        ("linear", 60, 60),
+        ("svm", 108, 120),
+    }
+    capsys.readouterr()
+    print_scores(scores, "my run")
+    printed = capsys.readouterr().out
+    assert "knn, linear: accuracy on 60 labels, probes fitted on 60" in printed
+    assert "svm: accuracy on 120 labels, probes fitted on 108" in printed
+
+
+def test_the_command_pools_as_it_is_told(tmp_path: Path, calls: list[Call]) -> None:
+    (folder,) = save(tmp_path, 0)
+    flags = [str(folder), "--data", "digits", "--data.max_samples", "60", "--protocol", "spy"]
+    for more in ([], ["--pooling", "mean_max"]):
+        evaluate_command([*flags, *more, "--output", str(tmp_path / "scores.json")])
+    assert [call.train.shape[1] for call in calls] == [64, 16, 16, 64, 32, 32]
+    assert [score["values"] for score in json.loads((tmp_path / "scores.json").read_text())] == [[4.0], [5.0], [6.0]]
+    with pytest.raises(SystemExit):
+        evaluate_command([*flags, "--pooling", "median"])

@@ -4,14 +4,27 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
+from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.svm import SVC
+from torch import nn
 
 from mmssl.evaluation import protocols
-from mmssl.evaluation.protocols import PROTOCOLS, few_shot, knn, linear
+from mmssl.evaluation.protocols import (
+    DEFAULT_PROTOCOLS,
+    PROTOCOLS,
+    few_shot,
+    knn,
+    linear,
+    planetoid,
+    planetoid_normalized,
+    svm,
+)
 
+FITTED = [name for name in PROTOCOLS if name != "svm"]  # on training data; svm goes through all in ten folds
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 CLASSES = 4
 
@@ -35,8 +48,8 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, np.ndarray, 
     found: list[tuple[np.ndarray, np.ndarray, GridSearchCV]] = []
     fit_best = protocols.fit_best
 
-    def spy(estimator, grid, features, labels, folds=None) -> GridSearchCV:
-        result = fit_best(estimator, grid, features, labels, folds)
+    def spy(estimator, grid, features, labels, folds=None, validation=None) -> GridSearchCV:
+        result = fit_best(estimator, grid, features, labels, folds, validation)
         found.append((features.copy(), labels.copy(), result))
         return result
 
@@ -52,14 +65,14 @@ def test_separated_classes_are_told_apart(name: str) -> None:
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_labels_without_any_relation_give_chance(name: str) -> None:
     """Each guess is right with probability 1 / classes; the mean over draws of few_shot varies less than one draw."""
-    train, labels, test, _ = make(noise=1.0, train=160, test=600)
+    train, labels, test, _ = make(noise=1.0, train=120, test=400)
     rng = np.random.default_rng(1)
     guesses = rng.integers(CLASSES, size=len(test))
     low, high = binom.interval(0.999, len(test), 1 / CLASSES)
     assert low <= PROTOCOLS[name](train, rng.permutation(labels), test, guesses) * len(test) <= high
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", DEFAULT_PROTOCOLS)
 def test_choices_depend_on_training_data_alone(name: str, fits: list) -> None:
     """Other test labels, other test features, fewer test samples: the same probes, fitted on training data."""
     train, labels, test, test_labels = make(noise=1.5)
@@ -191,3 +204,162 @@ def test_the_same_features_give_the_same_score(name: str) -> None:
         np.random.seed(seed)
         values.append(PROTOCOLS[name](*make(noise=1.5)))
     assert values[0] == values[1] < 1.0
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["held out", "validation"])
+@pytest.mark.parametrize("name", FITTED)
+def test_no_choice_is_made_by_the_test_labels(name: str, given: bool) -> None:
+    """Each guess is right for exactly one class: accuracies for "all are of this class" sum up to 1 over the classes.
+
+    Whoever took the epoch, the penalty or the neighbours that suit the test labels would get more.
+    """
+    train, labels, test, _ = make(noise=2.0, train=60, test=40)
+    validation = make(noise=2.0, train=30, test=1)[:2] if given else None
+    scores = [PROTOCOLS[name](train, labels, test, np.full(40, label), validation) for label in range(CLASSES)]
+    assert sum(scores) == pytest.approx(1.0, abs=1e-9) and max(scores) < 1
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_samples_are_tested_one_by_one(name: str) -> None:
+    """The accuracy of all is the mean of those of two halves: nothing is fitted on features that are tested on."""
+    train, labels, test, test_labels = make(noise=1.5, train=60, test=60)
+    test[30:] *= 10
+    halves = [PROTOCOLS[name](train, labels, test[half], test_labels[half]) for half in (slice(30), slice(30, None))]
+    assert PROTOCOLS[name](train, labels, test, test_labels) == pytest.approx(np.mean(halves), abs=1e-9)
+
+
+# ---- Choices on a validation set ------------------------------------------------------------------------------------
+
+
+def test_knn_and_linear_choose_on_the_validation_set_and_fit_on_training_data_alone() -> None:
+    train, labels, test, test_labels = make(noise=1.5, train=80, test=200, seed=1)
+    validation, rest = (test[:60], test_labels[:60]), (test[60:], test_labels[60:])
+    scaled, scaled_validation, scaled_rest = standardise(train, validation[0], rest[0])
+    probes = [LogisticRegression(C=C, max_iter=1000).fit(scaled, labels) for C in (1e-3, 1e-2, 1e-1, 1.0)]
+    chosen = max(probes, key=lambda probe: probe.score(scaled_validation, validation[1]))
+    assert linear(train, labels, *rest, validation) == chosen.score(scaled_rest, rest[1])
+    assert chosen is not probes[0] and linear(train, labels, *rest) != chosen.score(scaled_rest, rest[1])
+
+    options = []
+    for use, metric, k in itertools.product((True, False), ("cosine", "euclidean"), (1, 5, 10, 20, 50)):
+        triple = (scaled, scaled_validation, scaled_rest) if use else (train, validation[0], rest[0])
+        probe = KNeighborsClassifier(k, metric=metric).fit(triple[0], labels)
+        options.append((probe.score(triple[1], validation[1]), probe.score(triple[2], rest[1])))
+    best = max(score for score, _ in options)
+    assert knn(train, labels, *rest, validation) in {found for score, found in options if score == best}
+
+
+# ---- Support vectors by cross-validation ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outlier", [1.0, 30.0])
+def test_svm_is_ten_grid_searches_of_scikit_learn(outlier: float) -> None:
+    """Written out: folds of training and test samples together, C chosen inside each training fold."""
+    train, labels, test, test_labels = make(noise=2.5, train=90, test=40)
+    train[::9] *= outlier  # so that gamma differs from fold to fold
+    features, everything = np.concatenate([train, test]), np.concatenate([labels, test_labels])
+    scores, chosen = [], set()
+    for fit, held_out in StratifiedKFold(10, shuffle=True, random_state=0).split(features, everything):
+        search = GridSearchCV(SVC(random_state=42), {"C": [1e-3, 1e-2, 1e-1, 1, 10]}, cv=5)
+        search.fit(features[fit], everything[fit])
+        scores.append(search.score(features[held_out], everything[held_out]))
+        chosen.add(search.best_params_["C"])
+    assert len(chosen) > 1 and len(set(scores)) > 1
+    assert svm(train, labels, test, test_labels) == pytest.approx(np.mean(scores), abs=1e-12)
+    validation = test[:15], test_labels[:15]
+    moved = svm(train, labels, test[15:], test_labels[15:], validation)
+    order = np.r_[:90, 105:130, 90:105]
+    assert moved == svm(features[order][:50], everything[order][:50], features[order][50:], everything[order][50:])
+
+
+# ---- The probe of nodes ---------------------------------------------------------------------------------------------
+
+
+def slow_probes(train, labels, validation, validation_labels, test, test_labels) -> dict[str, float]:
+    """One layer after the other, as in the papers' code: test accuracy at three epochs, mean over start values."""
+    inputs = {name: torch.from_numpy(value).float() for name, value in (("t", train), ("v", validation), ("e", test))}
+    target = torch.from_numpy(labels)
+    found: dict[str, list[float]] = {"last of the best": [], "first of the best": [], "best test": []}
+    for seed in range(20):
+        layer = nn.Linear(train.shape[1], CLASSES)
+        nn.init.xavier_uniform_(layer.weight, generator=torch.Generator().manual_seed(seed))
+        nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.01, weight_decay=1e-4)
+        curve = []
+        for _ in range(300):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(layer(inputs["t"]), target).backward()
+            optimizer.step()
+            with torch.no_grad():
+                guesses = {name: layer(value).argmax(dim=1).numpy() for name, value in inputs.items()}
+            curve.append(((guesses["v"] == validation_labels).mean(), (guesses["e"] == test_labels).mean()))
+        chosen, tested = np.array(curve).T
+        best = np.flatnonzero(chosen == chosen.max())
+        found["last of the best"].append(tested[best[-1]])
+        found["first of the best"].append(tested[best[0]])
+        found["best test"].append(tested.max())
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def test_planetoid_is_that_of_the_papers_layer_by_layer() -> None:
+    """Twenty layers at once are twenty layers one by one; of the best validation epochs it is the last."""
+    train, labels, test, test_labels = make(noise=1.5, train=40, test=300, seed=1)
+    validation, held_out = (test[:80], test_labels[:80]), (test[80:], test_labels[80:])
+    expected = slow_probes(train, labels, *validation, *held_out)
+    found = planetoid(train, labels, *held_out, validation)
+    assert found == pytest.approx(expected["last of the best"], abs=3 / (20 * 220))
+    assert abs(found - expected["first of the best"]) > 0.005 and expected["best test"] - found > 0.005
+
+
+def test_planetoid_without_a_validation_set_holds_a_fifth_out_and_does_not_fit_on_it() -> None:
+    train, labels, test, test_labels = make(noise=1.5, train=60, test=100)
+    ((fit, held_out),) = StratifiedShuffleSplit(1, test_size=0.2, random_state=0).split(train, labels)
+    expected = planetoid(train[fit], labels[fit], test, test_labels, (train[held_out], labels[held_out]))
+    assert planetoid(train, labels, test, test_labels) == expected != 1.0
+
+
+@pytest.mark.parametrize("probe", [planetoid, planetoid_normalized])
+def test_planetoid_knows_classes_by_their_label_and_validates_on_others_too(probe) -> None:
+    """Labels with gaps; a validation class that no training sample has counts as wrong and changes nothing else."""
+    train, labels, test, test_labels = make(noise=1.5, train=60, test=100)
+    validation = test[:40], test_labels[:40]
+    expected = probe(train, labels, test[40:], test_labels[40:], validation)
+    names = np.array([7, 3, 90, 12])
+    order = np.argsort(np.argsort(names))  # start values go by the order of the classes
+    first = probe(train, order[labels], test[40:], order[test_labels[40:]], (test[:40], order[test_labels[:40]]))
+    assert (
+        probe(train, names[labels], test[40:], names[test_labels[40:]], (test[:40], names[test_labels[:40]])) == first
+    )
+    strange = np.concatenate([validation[0], test[:5]]), np.concatenate([validation[1], np.full(5, 55)])
+    assert probe(train, labels, test[40:], test_labels[40:], strange) == expected
+
+
+def test_planetoid_leaves_the_global_random_state_and_refuses_what_is_not_finite() -> None:
+    train, labels, test, test_labels = make(noise=1.5, train=40, test=20)
+    before = torch.get_rng_state()
+    planetoid(train, labels, test, test_labels)
+    assert torch.equal(torch.get_rng_state(), before)
+    test[3, 2] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        planetoid(train, labels, test, test_labels)
+
+
+def test_planetoid_normalized_centres_by_training_features_and_sets_lengths_to_one() -> None:
+    """Written out; then: origin and scale of all features do not matter, nor the length of a test row from there."""
+    train, labels, test, test_labels = make(noise=1.5, train=60, test=100)
+    validation = test[:40], test_labels[:40]
+    centre = train.mean(axis=0)
+
+    def unit(rows: np.ndarray) -> np.ndarray:
+        return (rows - centre) / np.linalg.norm(rows - centre, axis=1, keepdims=True)
+
+    found = planetoid_normalized(train, labels, test[40:], test_labels[40:], validation)
+    rest = test_labels[40:]
+    assert found == planetoid(unit(train), labels, unit(test[40:]), rest, (unit(validation[0]), validation[1]))
+    assert found != planetoid(train, labels, test[40:], rest, validation)
+    moved = [8 * (rows + 3) for rows in (train, test[40:], validation[0])]
+    assert planetoid_normalized(moved[0], labels, moved[1], rest, (moved[2], validation[1])) == pytest.approx(
+        found, abs=2e-3
+    )
+    longer = centre + (test[40:] - centre) * np.linspace(0.5, 9, 60)[:, None]
+    assert planetoid_normalized(train, labels, longer, rest, validation) == pytest.approx(found, abs=2e-3)

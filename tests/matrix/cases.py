@@ -29,6 +29,26 @@ def sounds(count: int) -> list[Any]:
     return clips
 
 
+def clouds(count: int) -> list[Any]:
+    """Ellipsoids with an intensity, of different shapes and numbers of points."""
+    generator = np.random.default_rng(0)
+    spheres = [generator.normal(size=(48 + 8 * number, 4)) for number in range(count)]
+    for points in spheres:
+        points[:, :3] *= generator.uniform(0.3, 1.0, 3) / np.linalg.norm(points[:, :3], axis=1, keepdims=True)
+    return spheres
+
+
+def graphs(count: int) -> list[Any]:
+    """Rings with random chords, of different sizes, with random features."""
+    generator = np.random.default_rng(0)
+    made = []
+    for nodes in range(8, 8 + count):
+        ring = np.stack([np.arange(nodes), np.roll(np.arange(nodes), 1)])
+        chords = generator.integers(nodes, size=(2, 4))
+        made.append({"x": generator.normal(size=(nodes, 12)), "edge_index": np.concatenate([ring, chords], axis=1)})
+    return made
+
+
 MODALITIES: dict[str, tuple[dict[str, Any], Callable[[int], list[Any]]]] = {
     "image": ({"image_size": 8, "patch_size": 2, "num_channels": 1, "normalize_target": False}, images),
     "speech": (
@@ -42,21 +62,44 @@ MODALITIES: dict[str, tuple[dict[str, Any], Callable[[int], list[Any]]]] = {
         },
         sounds,
     ),
+    "point_cloud": (
+        {"num_points": 128, "num_groups": 12, "group_size": 8, "num_channels": 1, "drop": 0.2, "scale": [0.8, 1.2]},
+        clouds,
+    ),
+    "graph": ({"num_features": 12, "random_walk_steps": 4, "drop_edges": 0.1, "mask_features": 0.1}, graphs),
 }
 SMALL_DECODER = {"decoder_hidden_size": 16, "decoder_attention_heads": 2}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "MaskedReconstruction": [
         {"corruption": "drop", "decoder_layers": 1, **SMALL_DECODER},
         {"corruption": "replace", "decoder_layers": 0, "mask_style": "block", "masks_per_sample": 2},
+        {
+            "corruption": "replace",
+            "mask_ratio": 0.5,
+            "mask_token_space": "input",
+            "replace_ratio": 0.3,
+            "remask": True,
+            "decoder_layers": 1,
+            **SMALL_DECODER,
+        },
         {"corruption": "alter", "decoder_layers": 1, "head_layers": 1, "head_norm": True, **SMALL_DECODER},
     ],
 }
-CELLS = [
+ALL = [
     (modality, objective, options)
     for modality in names("modalities")
     for objective in find_all("objectives", Objective)
     for options in OBJECTIVES.get(objective, [])
 ]
+
+
+def refused(modality: str, options: dict[str, Any]) -> bool:
+    """Whether the modality lacks what these options of an objective need."""
+    return options.get("corruption") == "alter" and not make_modality(modality, {}).offers("alter")
+
+
+CELLS = [cell for cell in ALL if not refused(cell[0], cell[2])]
+REFUSED = [cell for cell in ALL if refused(cell[0], cell[2])]
 IDS = [f"{modality}-{objective}-{number}" for number, (modality, objective, _) in enumerate(CELLS)]
 
 

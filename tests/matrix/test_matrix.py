@@ -8,7 +8,7 @@ import torch
 from mmssl.discovery import find_all, names, options_of
 from mmssl.modeling import MMSSLModel
 from mmssl.objectives.base import Objective
-from tests.matrix.cases import CELLS, IDS, MODALITIES, OBJECTIVES, build, make_batch
+from tests.matrix.cases import CELLS, IDS, MODALITIES, OBJECTIVES, REFUSED, build, make_batch
 
 every_cell = pytest.mark.parametrize(("modality", "objective", "options"), CELLS, ids=IDS)
 
@@ -21,6 +21,13 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_the_matrix_knows_every_modality_and_every_objective() -> None:
     assert set(MODALITIES) == set(names("modalities"))
     assert set(OBJECTIVES) == set(find_all("objectives", Objective))
+
+
+@pytest.mark.parametrize(("modality", "objective", "options"), REFUSED)
+def test_what_makes_no_sense_is_refused(modality: str, objective: str, options: dict[str, Any]) -> None:
+    """When it is built, by an error that names both."""
+    with pytest.raises(ValueError, match=rf"(?s)^(?=.*{modality})(?=.*{objective})"):
+        build(modality, objective, options)
 
 
 @every_cell
@@ -69,7 +76,9 @@ def test_padding_does_not_matter(modality: str, objective: str, options: dict[st
     if "attention_mask" not in batch:
         pytest.skip("samples of this modality are all of one length")
     value = batch[adapter.inputs[0]]
-    spoilt = batch | {adapter.inputs[0]: torch.where(batch["attention_mask"].bool(), value, 1e4)}
+    real = batch["attention_mask"].bool()
+    real = real.reshape(real.shape + (1,) * (value.dim() - real.dim()))
+    spoilt = batch | {adapter.inputs[0]: torch.where(real, value, 1e4)}
     first, second = (module.eval()(each, generator()) for each in (batch, spoilt))
     torch.testing.assert_close(first.loss, second.loss)
     torch.testing.assert_close(first.embedding, second.embedding)

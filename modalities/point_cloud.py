@@ -1,0 +1,394 @@
+"""Point clouds and meshes as groups of neighbouring points (Pang et al., Point-MAE, 2022)."""
+
+import io
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmssl.geometry import chamfer, farthest_points, nearest_points
+from mmssl.modalities.base import Batch, Modality, View, file_of, number_array
+from mmssl.positions import MLPPositions
+from mmssl.tokens import Tokens, gather
+
+MESH_POINTS = 8  # points sampled on a mesh, as a multiple of num_points: excerpts differ (ShapeNet-55: 8192 for 1024)
+LARGEST = 1e18  # squared distances beyond would overflow
+
+
+class PointCloud(Modality):
+    """Point clouds of any size as groups: the nearest neighbours of centres that lie far from each other.
+
+    Args:
+        num_points: points read of a cloud at one time; larger clouds are cut, others in each epoch.
+        excerpt_style: what is kept of a larger cloud: "random" points, or for scenes the "block" of the points nearest
+            to a random one.
+        num_groups: groups G, one token each; their centres are found by farthest point sampling.
+        group_size: points S of a group, the centre's nearest neighbours, itself among them.
+        num_channels: channels of a point after xyz: a normal, a colour, an intensity. Columns behind them are left out.
+        normalize: subtract the mean of a cloud and divide by its greatest norm, after the excerpt.
+        distance: Chamfer distance of the reconstruction: "l2", squared distances (Point-MAE), or "l1", plain ones.
+        crop_scale: least and greatest share of the points that a view keeps: those nearest to a random one.
+        drop: greatest share of the points that a view drops at random.
+        rotation: a view is turned by any angle about this axis, or about "any".
+        scale: least and greatest factor of a view's size, drawn for each axis (Point-MAE: 2/3 to 3/2).
+        jitter: standard deviation of the noise on a view's coordinates.
+        translate: greatest shift of a view along each axis (Point-MAE: 0.2).
+    """
+
+    inputs: ClassVar = ("points", "attention_mask")
+    extensions: ClassVar = (".npy", ".npz", ".ply", ".off", ".obj", ".xyz", ".pts")
+    columns: ClassVar = ("points", "point_cloud", "xyz")
+    mask_styles: ClassVar = ("random", "block")
+
+    def __init__(
+        self,
+        num_points: int = 1024,
+        excerpt_style: Literal["random", "block"] = "random",
+        num_groups: int = 64,
+        group_size: int = 32,
+        num_channels: int = 0,
+        normalize: bool = True,
+        distance: Literal["l1", "l2"] = "l2",
+        crop_scale: tuple[float, float] = (1.0, 1.0),
+        drop: float = 0.0,
+        rotation: Literal["none", "x", "y", "z", "any"] = "none",
+        scale: tuple[float, float] = (1.0, 1.0),
+        jitter: float = 0.0,
+        translate: float = 0.0,
+    ):
+        super().__init__()
+        self.num_points, self.excerpt_style = num_points, excerpt_style
+        self.num_groups, self.group_size, self.num_channels = num_groups, group_size, num_channels
+        self.normalize, self.distance = normalize, distance
+        self.crop_scale, self.drop, self.rotation = tuple(crop_scale), drop, rotation
+        self.scale, self.jitter, self.translate = tuple(scale), jitter, translate
+        self.least = max(num_groups, group_size)
+        if num_points < self.least:
+            raise ValueError(
+                f"num_points: found {num_points}; expected at least num_groups and group_size, {self.least}"
+            )
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale: found {crop_scale}; expected least and greatest share, above 0, at most 1")
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale: found {scale}; expected least and greatest factor, above 0")
+        if not 0 <= drop < 1:
+            raise ValueError(f"drop: found {drop}; expected a share from 0 to below 1")
+
+    @property
+    def content_shape(self) -> tuple[int, ...]:
+        return (self.group_size, 3 + self.num_channels)
+
+    def build(self, width: int) -> Self:
+        self.group_embedding = MiniPointNet(3 + self.num_channels, width)
+        return super().build(width)
+
+    def prepare(self, sample: Any) -> dict[str, Tensor]:
+        """Read a path, bytes, a ``{"bytes", "path"}`` record, an array (N, 3 + C or more) or ``{"points": array}``.
+
+        Files are known by their content: npy; npz with one matrix, or one that is called points; text with one point in
+        a line; ply, off and obj. Of a mesh, points are drawn evenly on the surface, the same ones at each call.
+        """
+        points = decode(sample, MESH_POINTS * self.num_points)
+        channels = 3 + self.num_channels
+        if points.ndim != 2 or points.shape[1] < channels:
+            raise ValueError(
+                f"found an array of shape {points.shape}; expected (points, {channels} or more) with num_channels="
+                f"{self.num_channels}; meshes, ply, off and obj give xyz alone"
+            )
+        points = points[:, :channels].astype(np.float64)
+        bad = len(points) - int((np.abs(points) < LARGEST).all(axis=1).sum())
+        if bad:
+            raise ValueError(
+                f"found {bad} of {len(points)} points with NaN, infinite or values beyond {LARGEST:g}; remove them"
+            )
+        if len(points) < self.least:
+            raise ValueError(
+                f"found a cloud of {len(points)} points; expected at least {self.least}, for {self.num_groups} groups "
+                f"of {self.group_size} points: lower num_groups or group_size, or leave the cloud out"
+            )
+        if self.normalize:  # in double precision: geographic coordinates have more digits than single precision
+            points[:, :3] -= points[:, :3].mean(axis=0)
+        return {"points": torch.from_numpy(points).float()}
+
+    def excerpt(self, sample: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+        """At most ``num_points`` points, at random or around a random one, normalised."""
+        points = sample["points"]
+        if len(points) > self.num_points:
+            generator = torch.Generator().manual_seed(0) if generator is None else generator
+            if self.excerpt_style == "random":
+                index = torch.randperm(len(points), generator=generator)[: self.num_points]
+            else:
+                centre = points[torch.randint(len(points), (), generator=generator), :3]
+                index = (points[:, :3] - centre).square().sum(dim=1).topk(self.num_points, largest=False).indices
+            points = points[index]
+        if self.normalize:
+            xyz = points[:, :3] - points[:, :3].mean(dim=0)
+            xyz = xyz / positive(xyz.abs().max())  # so that no square overflows or vanishes
+            xyz = xyz / positive(xyz.norm(dim=1).max())
+            points = torch.cat([xyz, points[:, 3:]], dim=1)
+        return {"points": points}
+
+    def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
+        clouds = [sample["points"] for sample in samples]
+        points = nn.utils.rnn.pad_sequence(clouds, batch_first=True)
+        lengths = torch.tensor([len(cloud) for cloud in clouds])
+        return {"points": points, "attention_mask": (torch.arange(points.shape[1]) < lengths[:, None]).long()}
+
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Points (B, N, 3 + C), zero in the padding, and their validity (B, N)."""
+        points, attention = batch["points"], batch["attention_mask"]
+        if points.dim() != 3 or points.shape[2] != 3 + self.num_channels or points.shape[:2] != attention.shape:
+            raise ValueError(
+                f"points: found shape {tuple(points.shape)} and an attention_mask of {tuple(attention.shape)}; "
+                f"expected (batch, points, {3 + self.num_channels}) and (batch, points)"
+            )
+        if points.shape[1] < self.least:
+            raise ValueError(f"points: found clouds of {points.shape[1]} points; expected at least {self.least}")
+        valid = attention.bool()
+        return points.float().masked_fill(~valid[..., None], 0.0), valid
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        """Contents (B, G, S, 3 + C): groups of points with xyz relative to their centre; places: the centres' xyz."""
+        points, valid = self.read(batch)
+        xyz = points[..., :3]
+        centres = gather(xyz, farthest_points(xyz, valid, self.num_groups))
+        content = gather(points, nearest_points(centres, xyz, valid, self.group_size).flatten(1))
+        content = content.unflatten(1, (self.num_groups, self.group_size))
+        relative = content[..., :3] - centres[:, :, None]
+        return Tokens(
+            content=torch.cat([relative, content[..., 3:]], dim=-1),
+            coords=centres,
+            valid=torch.ones(centres.shape[:2], dtype=torch.bool, device=centres.device),
+        )
+
+    def embed(self, tokens: Tokens) -> Tensor:
+        return self.group_embedding(tokens.content)
+
+    def positions(self, width: int) -> nn.Module:
+        return MLPPositions(width, axes=3, hidden_size=128)
+
+    def raw_features(self, batch: Batch) -> Tensor:
+        """(B, 64) how often each distance occurs between two points of a cloud (Osada et al., D2, 2002).
+
+        Of 8,192 random pairs, the same ones at each call, with the greatest distance from the mean as the unit.
+        """
+        points, valid = self.read(batch)
+        count = valid.sum(dim=1, keepdim=True)
+        mean = points[..., :3].sum(dim=1, keepdim=True) / count[..., None]
+        radius = (points[..., :3] - mean).norm(dim=-1).masked_fill(~valid, 0.0).amax(dim=1, keepdim=True)
+        place = torch.rand(2, 8192, generator=torch.Generator().manual_seed(0)).to(points.device)
+        order = valid.to(torch.uint8).argsort(dim=1, descending=True, stable=True)  # valid ones first
+        first, second = (gather(points[..., :3], order.gather(1, (share * count).long())) for share in place)
+        distance = (first - second).norm(dim=-1) / positive(radius)
+        bins = (distance * 32).long().clamp(max=63)
+        return points.new_zeros(len(points), 64).scatter_add_(1, bins, torch.ones_like(distance)) / place.shape[1]
+
+    def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
+        """Style "block": the groups nearest to a random one."""
+        order = super().hiding_order(tokens, generator, style)
+        if style == "random":
+            return order
+        centre = gather(tokens.coords, order.masked_fill(~tokens.valid, -1.0).argmax(dim=1, keepdim=True))
+        return (tokens.coords - centre).square().sum(dim=-1)
+
+    def target(self, tokens: Tokens) -> Tensor:
+        """(B, G, S, 3) the points of a group relative to its centre."""
+        return tokens.content[..., :3].detach()
+
+    def content_of(self, prediction: Tensor, tokens: Tokens) -> Tensor:
+        """Predicted points with zeros for the channels that are not predicted."""
+        return nn.functional.pad(prediction, (0, self.num_channels))
+
+    def reconstruction_head(self, width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(width, 3 * self.group_size), nn.Unflatten(-1, (self.group_size, 3)))
+
+    def reconstruction_loss(self, prediction: Tensor, target: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Chamfer distance of each group: the order of the points in it has no meaning."""
+        return chamfer(prediction.float(), target.float(), squared=self.distance == "l2"), where.float()
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        """(B, 160, 160, 3) the points seen from the side and slightly from above, z upwards, near ones darker."""
+        size, turn, tilt = 160, 0.6, 0.35
+        centres = tokens.coords.float()
+        low, high = centres.amin(dim=1, keepdim=True), centres.amax(dim=1, keepdim=True)
+        points = (tokens.content[..., :3].float() + centres[:, :, None]).flatten(1, 2)
+        # The frame is that of the centres, so pictures of the same cloud with other contents agree.
+        points = (points - (low + high) / 2) / positive((high - low).norm(dim=-1, keepdim=True) * 0.6)
+        x, y, z = points.unbind(dim=-1)
+        right, depth = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
+        up, depth = z * np.cos(tilt) + depth * np.sin(tilt), depth * np.cos(tilt) - z * np.sin(tilt)
+        seen = points.isfinite().all(dim=-1) & (right.abs() < 1) & (up.abs() < 1)
+        column, row = (((value.nan_to_num(0.0) + 1) / 2 * (size - 1)).long() for value in (right, -up))
+        shade = torch.where(seen, (0.45 + 0.5 * depth).clamp(0.1, 0.8), 1.0)
+        image = shade.new_ones(len(points), size * size)
+        for across, down in ((0, 0), (0, 1), (1, 0), (1, 1)):  # a dot is two pixels wide
+            pixel = (row + down).clamp(0, size - 1) * size + (column + across).clamp(0, size - 1)
+            image = image.scatter_reduce(1, pixel, shade, reduce="amin")
+        return image.unflatten(1, (size, size))[..., None] ** torch.tensor([1.0, 0.7, 0.45], device=image.device)
+
+    def view(self, batch: Batch, generator: torch.Generator) -> View:
+        """Crop, drop points, turn, scale, add noise and shift; left-out points are marked in the attention mask.
+
+        Channels after xyz stay as they are, normals too.
+        """
+        points, valid = self.read(batch)
+        xyz, parameters = points[..., :3], {}
+        (count, length), device = valid.shape, points.device
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand((count, *shape), generator=generator, device=device)
+
+        if self.crop_scale != (1.0, 1.0):
+            least, greatest = self.crop_scale
+            share = parameters["crop_share"] = uniform(least, greatest)
+            centre = uniform(0, 1, length).masked_fill(~valid, -1.0).argmax(dim=1, keepdim=True)
+            parameters["crop_centre"] = centre[:, 0]
+            valid = self.keep(valid, (xyz - gather(xyz, centre)).square().sum(dim=-1), share)
+        if self.drop:
+            share = parameters["drop_share"] = uniform(0, self.drop)
+            valid = self.keep(valid, uniform(0, 1, length), 1 - share)
+        if self.rotation != "none":
+            with torch.autocast(device.type, enabled=False):
+                parameters["rotation"] = self.rotations(count, generator, device)
+                xyz = xyz @ parameters["rotation"].transpose(1, 2)
+        if self.scale != (1.0, 1.0):
+            least, greatest = self.scale
+            parameters["scale"] = uniform(least, greatest, 3)
+            xyz = xyz * parameters["scale"][:, None]
+        if self.jitter:
+            noise = torch.randn(xyz.shape, generator=generator, device=device) * self.jitter
+            parameters["jitter"] = noise
+            xyz = xyz + noise
+        if self.translate:
+            parameters["translation"] = uniform(-self.translate, self.translate, 3)
+            xyz = xyz + parameters["translation"][:, None]
+        points = torch.cat([xyz, points[..., 3:]], dim=-1)
+        return View({**batch, "points": points, "attention_mask": valid.long()}, parameters)
+
+    def keep(self, valid: Tensor, order: Tensor, share: Tensor) -> Tensor:
+        """The valid points of lowest order, ``share`` (B,) of them, but no fewer than groups need: (B, N) bool."""
+        rank = order.masked_fill(~valid, torch.inf).argsort(dim=1).argsort(dim=1)
+        return valid & (rank < (valid.sum(dim=1) * share).round().clamp(min=self.least)[:, None])
+
+    def rotations(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """(count, 3, 3) random rotations, from unit quaternions."""
+        quaternion = torch.randn(count, 4, generator=generator, device=device)
+        if self.rotation != "any":  # by any angle about this axis: the vector part lies along it
+            along = torch.tensor([True, *(axis == self.rotation for axis in "xyz")], device=device)
+            quaternion = quaternion * along
+        w, x, y, z = nn.functional.normalize(quaternion, dim=1).unbind(dim=1)
+        zero = torch.zeros_like(w)
+        cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).view(-1, 3, 3)
+        return torch.eye(3, device=device) + 2 * w[:, None, None] * cross + 2 * cross @ cross
+
+
+class MiniPointNet(nn.Module):
+    """A group (..., S, C) to a vector (..., width), whatever the order of its points (Qi et al., PointNet, 2017).
+
+    As in Point-MAE: C - 128 - 256, the maximum over the points put beside each of them, 512 - 512 - width, maximum.
+    In training, batch normalisation takes its statistics of all the groups it is given: with hidden groups dropped
+    before, of visible ones alone.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.fc1, self.norm1 = nn.Linear(channels, 128), nn.BatchNorm1d(128)
+        self.fc2 = nn.Linear(128, 256)
+        # One layer of 512 inputs: the half that reads the maximum is the same for all points of a group.
+        self.fc3_group, self.fc3_point = nn.Linear(256, 512, bias=False), nn.Linear(256, 512)
+        self.norm2, self.fc4 = nn.BatchNorm1d(512), nn.Linear(512, width)
+
+    def forward(self, groups: Tensor) -> Tensor:
+        *shape, size, channels = groups.shape
+        points = groups.reshape(-1, channels).to(self.fc1.weight.dtype)
+        points = self.fc2(self.norm1(self.fc1(points)).relu()).view(-1, size, 256)
+        points = self.fc3_point(points) + self.fc3_group(points.amax(dim=1, keepdim=True))
+        points = self.fc4(self.norm2(points.flatten(0, 1)).relu())
+        return points.view(*shape, size, -1).amax(dim=-2)
+
+
+def positive(value: Tensor) -> Tensor:
+    """What may be divided by: 1 in place of 0."""
+    return torch.where(value > 0, value, 1.0)
+
+
+def decode(sample: Any, mesh_points: int) -> np.ndarray:
+    """The points of a sample, (N, 3 or more), as they were stored; ``mesh_points`` of them where it is a mesh."""
+    if isinstance(sample, dict):
+        sample = sample["points"] if sample.get("points") is not None else file_of(sample)
+    if isinstance(sample, str | Path):
+        sample = Path(sample).read_bytes()
+    if not isinstance(sample, bytes):
+        return number_array(sample)
+    head = sample[:64].split()
+    try:
+        if sample.startswith((b"\x93NUMPY", b"PK")):
+            return decode_numpy(sample)
+        if head and head[0] == b"ply":
+            return decode_mesh(sample, "ply", mesh_points)
+        if head and re.match(rb"\w*OFF", head[0]):
+            return decode_mesh(sample, "off", mesh_points)
+        if re.search(rb"^v[ \t]", sample, re.MULTILINE):
+            return decode_mesh(sample, "obj", mesh_points)
+        return decode_text(sample.decode())
+    except Exception as error:  # each reader fails in ways of its own at a corrupt file
+        if isinstance(error, ImportError | Malformed):
+            raise
+        raise ValueError(
+            f"not a readable point cloud ({error}); expected an intact npy, npz, ply, off, obj or text file"
+        ) from error
+
+
+class Malformed(ValueError):
+    """A file that can be read, with contents that cannot be used."""
+
+
+def decode_numpy(data: bytes) -> np.ndarray:
+    loaded = np.load(io.BytesIO(data), allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return number_array(loaded)
+    if "points" in loaded.files:
+        return number_array(loaded["points"])
+    arrays = {name: loaded[name] for name in loaded.files}
+    matrices = [array for array in arrays.values() if array.ndim == 2]
+    if len(matrices) != 1:
+        found = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "nothing"
+        raise Malformed(f"found an npz file of {found}; expected one matrix, or one that is called points")
+    return number_array(matrices[0])
+
+
+def decode_text(text: str) -> np.ndarray:
+    """Numbers separated by spaces, commas or semicolons, one point in a line; pts files begin with their number."""
+    lines = [line for line in re.sub("[,;]", " ", text).splitlines() if line.split("#")[0].strip()]
+    if lines and len(lines[0].split()) == 1 and lines[0].strip().isdecimal():
+        lines = lines[1:]
+    if not lines:
+        raise Malformed("found no points; expected one in each line")
+    return np.loadtxt(lines, ndmin=2)
+
+
+def decode_mesh(data: bytes, kind: str, count: int) -> np.ndarray:
+    """Points drawn evenly on the surface of a mesh, or its vertices where it has no faces, (N, 3)."""
+    try:
+        import trimesh
+    except ImportError as error:
+        raise ImportError('ply, off and obj files need trimesh: pip install "mmssl[point_cloud]"') from error
+    loaded: Any = trimesh.load(io.BytesIO(data), file_type=kind, process=False)
+    parts = list(loaded.geometry.values()) if isinstance(loaded, trimesh.Scene) else [loaded]
+    parts = [part for part in parts if len(part.vertices)]
+    if not parts:
+        raise Malformed(f"found a {kind} file with neither faces nor vertices; expected a mesh or a point cloud")
+    vertices = np.concatenate([np.asarray(part.vertices) for part in parts])
+    meshes = [part for part in parts if len(getattr(part, "faces", ()))]
+    if not meshes or not np.isfinite(vertices).all():
+        return vertices
+    mesh: Any = trimesh.util.concatenate(meshes)
+    if not mesh.area > 0:
+        raise Malformed(f"found a mesh of {len(mesh.faces)} faces without area; expected a surface")
+    # The seed is the content's: the same mesh gives the same points, wherever and whenever it is read.
+    return np.asarray(trimesh.sample.sample_surface(mesh, count, seed=zlib.crc32(data))[0])
