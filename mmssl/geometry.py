@@ -7,8 +7,7 @@ origin. Nothing of the size (points x points) is ever made.
 import torch
 from torch import Tensor
 
-# Distances held at one time: on a CPU what its cache takes, elsewhere few large kernels.
-MAX_DISTANCES = {"cpu": 2**18, "other": 2**26}
+MAX_DISTANCES = 2**22  # held at one time: 16 MiB
 
 
 @torch.no_grad()
@@ -57,24 +56,18 @@ def nearest_points(centres: Tensor, points: Tensor, valid: Tensor, count: int) -
     Returns:
         (B, G, count) long.
     """
-    points = points.transpose(1, 2).contiguous().transpose(1, 2)  # each coordinate in one piece
-    most = MAX_DISTANCES["cpu" if points.device.type == "cpu" else "other"]
     found = []
-    for part in centres.split(max(1, most // valid.numel()), dim=1):
-        distance = squared_distances(part, points).masked_fill_(~valid[:, None], torch.inf)
+    for part in centres.split(max(1, MAX_DISTANCES // valid.numel()), dim=1):
+        distance = distances(part, points).masked_fill_(~valid[:, None], torch.inf)
         nearest = distance.topk(count, dim=-1, largest=False)
         found.append(torch.where(nearest.values.isinf(), nearest.indices[..., :1], nearest.indices))
     return torch.cat(found, dim=1)
 
 
-def squared_distances(first: Tensor, second: Tensor) -> Tensor:
+@torch.no_grad()
+def distances(first: Tensor, second: Tensor) -> Tensor:
     """(..., A, 3) and (..., B, 3) to (..., A, B); without gradient."""
-    with torch.no_grad():
-        total = (first[..., :, None, 0] - second[..., None, :, 0]).square_()
-        for axis in range(1, first.shape[-1]):
-            difference = first[..., :, None, axis] - second[..., None, :, axis]
-            total.addcmul_(difference, difference)
-        return total
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def chamfer(first: Tensor, second: Tensor, squared: bool = True) -> Tensor:
@@ -95,7 +88,7 @@ def chamfer(first: Tensor, second: Tensor, squared: bool = True) -> Tensor:
     Returns:
         (...) one distance for each pair of sets.
     """
-    distance = squared_distances(first, second)
+    distance = distances(first, second)
     to_second = first - pick(second, distance.min(dim=-1).indices)
     to_first = second - pick(first, distance.min(dim=-2).indices)
     if squared:

@@ -60,3 +60,19 @@ class Selected(Sequence):
 
     def __getitem__(self, i):
         return self.values[int(self.positions[i])]
+
+
+def file_of(record: dict[str, Any]) -> Any:
+    """The bytes of a ``{"bytes", "path"}`` record as data sets hold them, or where there are none, its path."""
+    found = record["path"] if record.get("bytes") is None and "path" in record else record.get("bytes")
+    if found is None:
+        raise ValueError(f"found a record of {', '.join(sorted(record))} that holds no file; expected bytes or a path")
+    return found
+
+
+def number_array(sample: Any) -> np.ndarray:
+    """Anything like an array of numbers, in an order and a type that torch takes."""
+    array = np.array(sample)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"found {type(sample).__name__}; expected a path, bytes, a record or an array of numbers")
+    return array.astype(np.float32) if array.dtype.kind == "b" else array.astype(array.dtype.newbyteorder("="))

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -189,22 +188,6 @@ class Modality(nn.Module):
         counted = where.flatten(2).float()
         weight = counted.sum(dim=-1)
         return (error * counted).sum(dim=-1) / weight.clamp(min=1), weight
-
-
-def file_of(record: dict[str, Any]) -> Any:
-    """The bytes of a ``{"bytes", "path"}`` record as data sets hold them, or where there are none, its path."""
-    found = record["path"] if record.get("bytes") is None and "path" in record else record.get("bytes")
-    if found is None:
-        raise ValueError(f"found a record of {', '.join(sorted(record))} that holds no file; expected bytes or a path")
-    return found
-
-
-def number_array(sample: Any) -> np.ndarray:
-    """Anything like an array of numbers, in an order and a type that torch takes."""
-    array = np.array(sample)
-    if array.dtype.kind not in "fiub":
-        raise ValueError(f"found {type(sample).__name__}; expected a path, bytes, a record or an array of numbers")
-    return array.astype(np.float32) if array.dtype.kind == "b" else array.astype(array.dtype.newbyteorder("="))
 
 
 def block_order(tokens: Tokens, longest: Sequence[int], generator: torch.Generator) -> Tensor:

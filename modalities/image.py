@@ -13,8 +13,9 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order, file_of, number_array
+from mmssl.modalities.base import Batch, Modality, View, block_order
 from mmssl.positions import SinCosPositions
+from mmssl.samples import file_of, number_array
 from mmssl.tokens import Tokens
 
 T = TypeVar("T", int, float)

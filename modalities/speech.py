@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order, file_of, number_array
+from mmssl.modalities.base import Batch, Modality, View, block_order
 from mmssl.positions import SinCosPositions
+from mmssl.samples import file_of, number_array
 from mmssl.tokens import Tokens, gather
 
 

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BOTTOM = {"discovery", "version", "randomness", "samples", "graph_files"}
+BOTTOM = {"discovery", "version", "randomness", "samples", "graph_files", "point_files"}
 ENCODING = {*BOTTOM, "tokens", "edges", "encoder", "positions", "geometry"}
 MODEL = {*ENCODING, "modalities", "modeling"}
 USERS = {*MODEL, "processing", "objectives", "data"}
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "randomness": set(),
     "samples": set(),
     "graph_files": {"samples"},
+    "point_files": {"samples"},
     "tokens": set(),
     "edges": set(),
     "geometry": set(),

@@ -28,7 +28,7 @@ KINDS = [
     pytest.param(PRE | PREFIX, id="pre-prefix"),
     pytest.param(POST | PREFIX, id="post-prefix"),
     pytest.param(PRE | PREFIX | {"position_every_block": True}, id="pre-prefix-places-every-block"),
-    pytest.param(POST | {"position_every_block": True}, id="post-places-every-block"),
+    pytest.param(POST | PREFIX | {"position_every_block": True}, id="post-prefix-places-every-block"),
     pytest.param(PRE | {"residual": False}, id="pre-no-residual"),
     pytest.param(POST | {"residual": False}, id="post-no-residual"),
     pytest.param(PRE | PREFIX | {"residual": False, "feed_forward": False}, id="pre-prefix-bare"),
@@ -138,7 +138,7 @@ def slow_attention(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]
 def slow_block(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]]) -> Tensor:
     """A block in words: y = x + attention(norm(x)), y + mlp(norm(y)), or with the norm after each sum.
 
-    Without residual only what is added to x; without feed-forward only y.
+    Without residual only what is added to x; without feed-forward only y, where the activation follows the attention.
     """
     old = 1 if encoder.config.residual else 0
     activation: Any = {"gelu": F.gelu, "relu": F.relu}[encoder.config.hidden_act]
@@ -150,10 +150,14 @@ def slow_block(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]]) -
         inner = activation(F.linear(values, layer.mlp.fc1.weight, layer.mlp.fc1.bias))
         return F.linear(inner, layer.mlp.fc2.weight, layer.mlp.fc2.bias)
 
+    def attend(values: Tensor) -> Tensor:
+        read = slow_attention(encoder, layer, values, reads)
+        return read if encoder.config.feed_forward else activation(read)
+
     if encoder.config.norm_position == "pre":
-        x = old * x + layer.scale1.scale * slow_attention(encoder, layer, norm(layer.norm1, x), reads)
+        x = old * x + layer.scale1.scale * attend(norm(layer.norm1, x))
         return old * x + layer.scale2.scale * mlp(norm(layer.norm2, x)) if encoder.config.feed_forward else x
-    x = norm(layer.norm1, old * x + slow_attention(encoder, layer, x, reads))
+    x = norm(layer.norm1, old * x + attend(x))
     return norm(layer.norm2, old * x + mlp(x)) if encoder.config.feed_forward else x
 
 

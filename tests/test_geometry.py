@@ -123,7 +123,7 @@ def test_nearest_points_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -
     points, valid = clouds(count=80), some_valid(count=80)
     whole = nearest_points(points, points, valid, 6)
     for most in (1, 250, 1000):
-        monkeypatch.setattr(geometry, "MAX_DISTANCES", {"cpu": most, "other": most})
+        monkeypatch.setattr(geometry, "MAX_DISTANCES", most)
         assert torch.equal(nearest_points(points, points, valid, 6), whole)
 
 

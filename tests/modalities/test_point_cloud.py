@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmssl.evaluation.pictures import draw_reconstructions
+from mmssl.geometry import MAX_DISTANCES
 from mmssl.modalities.base import Batch
 from mmssl.modalities.point_cloud import MiniPointNet, PointCloud
 from mmssl.modeling import MMSSLConfig, MMSSLModel
@@ -362,7 +363,7 @@ def test_scenes_need_bounded_memory() -> None:
     with Largest() as largest:
         tokens = whole.tokenize(batch)
     assert tokens.content.shape == (1, 128, 32, 3)
-    assert largest.numel < 8 * 50_000
+    assert largest.numel <= MAX_DISTANCES < 128 * 50_000
 
 
 # ---- Tokens ---------------------------------------------------------------------------------------------------------
