@@ -11,12 +11,10 @@ with ``python benchmarks/results.py``.
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+from results import append
 
 from mmssl.cli import pretrain_parser, with_source
 from mmssl.data import DataArguments
@@ -24,9 +22,6 @@ from mmssl.evaluation import DEFAULT_PROTOCOLS, evaluate, print_scores
 from mmssl.evaluation.features import Pooling
 from mmssl.training import pretrain
 from mmssl.training.checkpoint import step_folders
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results.jsonl"
 
 
 def main() -> None:
@@ -51,41 +46,8 @@ def main() -> None:
     scores = evaluate(runs, probe, given.test, config.protocol, pooling=config.pooling)
     print_scores(scores, title=config.name)
 
-    record = json.loads((runs[-1] / "run.json").read_text())
-    minutes = [json.loads((run / "run.json").read_text())["minutes"] for run in runs]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    with RESULTS.open("a") as file:
-        for score in scores:
-            line = {
-                "modality": next(iter(record["modality"])),
-                "data": config.name,
-                "objective": next(iter(record["objective"])),
-                "recipe": Path(str(config.config[0])).stem,
-                "protocol": score.protocol + ("" if config.pooling == "mean" else f", {config.pooling} pooling"),
-                "row": score.row,
-                "metric": "accuracy",
-                "mean": round(float(np.mean(score.values)), 4),
-                "std": round(float(np.std(score.values, ddof=1)), 4) if len(score.values) > 1 else None,
-                "seeds": len(score.values),
-                "n_train": score.n_train,
-                "n_test": score.n_test,
-                "steps": record["steps"],
-                "minutes": round(float(np.mean(minutes)), 1),
-                "device": record["device"],
-                "command": command(),
-                "commit": commit.stdout.strip(),
-            }
-            file.write(json.dumps(line) + "\n")
-
-
-def command() -> str:
-    """The command line, with the folder of the data as the variable that users set."""
-    data = os.environ.get("MMSSL_DATA")
-    words = ["python", "benchmarks/accuracy.py", *sys.argv[1:]]
-    text = " ".join(f'"{word}"' if set(word) & set(" *!") else word for word in words)  # variables stay variables
-    return text.replace(data.rstrip("/"), "$MMSSL_DATA") if data else text
+    (modality,) = json.loads((runs[-1] / "run.json").read_text())["modality"]
+    append(scores, runs, modality, config.name, Path(str(config.config[0])).stem, config.pooling)
 
 
 if __name__ == "__main__":

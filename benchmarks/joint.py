@@ -8,15 +8,12 @@ Other flags are those of ``mmssl pretrain``. Alone, a modality has the same enco
 its own warm-up and decay of the learning rate over its steps.
 """
 
-import json
-import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from results import append
 from rich.console import Console
 from rich.table import Table
 
@@ -27,7 +24,6 @@ from mmssl.training.checkpoint import step_folders
 from mmssl.training.streams import draw
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "results.jsonl"
 JOINT, ALONE = "joint", "joint_alone"
 
 
@@ -68,10 +64,8 @@ def main() -> None:
     }
     print_table(scores, config.protocol)
     if config.append:
-        with RESULTS.open("a") as file:
-            for (recipe, name), found in scores.items():
-                for line in lines(found, runs[recipe, name], recipe, name, str(sources[name].data.source)):
-                    file.write(json.dumps(line) + "\n")
+        for (recipe, name), found in scores.items():
+            append(found, runs[recipe, name], name, str(sources[name].data.source), recipe)
 
 
 def in_folder(train: TrainArguments, name: str) -> TrainArguments:
@@ -100,34 +94,6 @@ def cell(values: list[float]) -> str:
     if not values:
         return "no step"
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
-
-
-def lines(scores: list[Score], runs: list[Path], recipe: str, modality: str, data: str) -> Iterator[dict[str, Any]]:
-    """What docs/results.jsonl holds of each score."""
-    records = [json.loads((run / "run.json").read_text()) for run in runs]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for score in scores:
-        yield {
-            "modality": modality,
-            "data": data,
-            "objective": next(iter(records[-1]["objective"])),
-            "recipe": recipe,
-            "protocol": score.protocol,
-            "row": score.row,
-            "metric": "accuracy",
-            "mean": round(float(np.mean(score.values)), 4),
-            "std": round(float(np.std(score.values, ddof=1)), 4) if len(score.values) > 1 else None,
-            "seeds": len(score.values),
-            "n_train": score.n_train,
-            "n_test": score.n_test,
-            "steps": records[-1]["steps"],
-            "minutes": round(float(np.mean([record["minutes"] for record in records])), 1),
-            "device": records[-1]["device"],
-            "command": " ".join(["python", "benchmarks/joint.py", *sys.argv[1:]]),
-            "commit": commit.stdout.strip(),
-        }
 
 
 if __name__ == "__main__":

@@ -1,9 +1,16 @@
 """Make docs/results.md from docs/results.jsonl: ``python benchmarks/results.py``; with ``--check``, only compare."""
 
 import json
+import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from mmssl.evaluation import Score
 
 DOCS = Path(__file__).parents[1] / "docs"
 KEY = ("modality", "data", "recipe")
@@ -12,8 +19,9 @@ HEADER = """# Results
 
 Made by `python benchmarks/results.py` from `results.jsonl`, each line of which was appended by the script that
 measured it. Accuracies on test data: mean ± standard deviation over seeds, of start values, data order, masks and
-views. Raw features have no seed. What a probe chooses (neighbours, distance, penalty) it chooses on a part of its
-training data. Of lines that differ only in when they were measured, the last one counts.
+views. Raw features have no seed. What a probe chooses (neighbours, distance, penalty, epoch) it chooses on published
+validation data, or else on a part of its training data: [evaluation](evaluation.md). Of lines that differ only in when
+they were measured, the last one counts.
 """
 
 
@@ -25,6 +33,45 @@ def main() -> None:
             sys.exit("docs/results.md does not agree with docs/results.jsonl; run: python benchmarks/results.py")
     else:
         (DOCS / "results.md").write_text(page)
+
+
+def append(
+    scores: Sequence[Score], runs: Sequence[Path], modality: str, data: str, recipe: str, pooling: str = "mean"
+) -> None:
+    """Add what the calling script has measured on these finished runs, the seeds of one recipe."""
+    records = [json.loads((run / "run.json").read_text()) for run in runs]
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=DOCS, capture_output=True, text=True, check=True).stdout.strip()
+    with (DOCS / "results.jsonl").open("a") as file:
+        for score in scores:
+            line = {
+                "modality": modality,
+                "data": data,
+                "objective": next(iter(records[-1]["objective"])),
+                "recipe": recipe,
+                "protocol": score.protocol + ("" if pooling == "mean" else f", {pooling} pooling"),
+                "row": score.row,
+                "metric": "accuracy",
+                "mean": round(float(np.mean(score.values)), 4),
+                "std": round(float(np.std(score.values, ddof=1)), 4) if len(score.values) > 1 else None,
+                "seeds": len(score.values),
+                "n_train": score.n_train,
+                "n_test": score.n_test,
+                "steps": records[-1]["steps"],
+                "minutes": round(float(np.mean([record["minutes"] for record in records])), 1),
+                "device": records[-1]["device"],
+                "command": command(),
+                "commit": commit,
+            }
+            file.write(json.dumps(line) + "\n")
+
+
+def command() -> str:
+    """The command line, with the folder of the data as the variable that users set."""
+    data = os.environ.get("MMSSL_DATA")
+    words = ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    text = " ".join(f'"{word}"' if set(word) & set(" *!") else word for word in words)  # variables stay variables
+    return text.replace(data.rstrip("/"), "$MMSSL_DATA") if data else text
 
 
 def render(lines: list[dict[str, Any]]) -> str:
@@ -51,8 +98,10 @@ def render(lines: list[dict[str, Any]]) -> str:
             f"{any_line['device']}; {any_line['seeds']} seeds; {probes}; commit {any_line['commit']}.\n"
         )
         parts.append("| features | " + " | ".join(protocols) + " |\n|---|" + "---|" * len(protocols))
-        for row, label in ROWS.items():
-            parts.append(f"| {label} | " + " | ".join(cell(cells[protocol, row]) for protocol in protocols) + " |")
+        others = {row: row for _, row in cells if row not in ROWS}  # further baselines, by their own names
+        for row, label in (ROWS | others).items():
+            found = [cells.get((protocol, row)) for protocol in protocols]
+            parts.append(f"| {label} | " + " | ".join(cell(line) if line else "" for line in found) + " |")
         parts.append(f"\n```bash\n{any_line['command']}\n```\n")
     return "\n".join(parts)
 

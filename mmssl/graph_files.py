@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmssl.samples import Samples
 
@@ -29,25 +30,25 @@ def read_collection(source: str) -> Samples | None:
         for folder in (path, path / "raw", path / path.name / "raw"):
             if found := sorted(folder.glob("*_graph_indicator.txt")):
                 return read_tu(folder, found[0].name.removesuffix("_graph_indicator.txt"))
-    elif path.is_file() and path.suffix == ".npz":
+    elif path.is_file() and path.suffix.lower() == ".npz":
         archive = read_archive(path)
         if "node_ptr" in archive:
             return packed(archive, source)
-        labels, splits = archive.get("y"), node_splits(archive)
+        labels, splits = np.asarray(archive.get("y")), node_splits(archive)
         return Samples(
             values=[archive],
             name=lambda i: source,
-            token_labels=None if labels is None or len(labels) != num_nodes(archive) else [node_labels(archive)],
+            token_labels=None if labels.shape != (num_nodes(archive),) else [node_labels(archive)],
             token_splits=None if splits is None else [splits],
         )
-    elif path.is_file() and path.suffix in EDGE_LISTS:
+    elif path.is_file() and path.suffix.lower() in EDGE_LISTS:
         return Samples(values=[source], name=lambda i: source)
     return None
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """One graph from an .npz archive or an edge list."""
-    return read_archive(path) if path.suffix == ".npz" else read_edge_list(path)
+    return read_archive(path) if path.suffix.lower() == ".npz" else read_edge_list(path)
 
 
 def read_archive(path: Path) -> dict[str, Any]:
@@ -55,20 +56,20 @@ def read_archive(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             graph = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:  # also what zipfile makes of a cut archive
-        raise ValueError(f"{path}: not a readable archive ({error}); expected an intact .npz file") from error
-    except Exception as error:
-        if type(error).__name__ not in ("BadZipFile", "error"):  # of zipfile and of zlib
-            raise
+    except Exception as error:  # numpy, zipfile and zlib fail in ways of their own at a corrupt file
         raise ValueError(f"{path}: not a readable archive ({error}); expected an intact .npz file") from error
     if "edge_index" not in graph:
         raise ValueError(f"{path}: found the arrays {', '.join(graph)}; expected edge_index (2, edges), and x")
     if "x_indptr" in graph:
         from scipy.sparse import csr_matrix
 
-        shape = tuple(graph.pop("x_shape"))
-        parts = tuple(graph.pop(f"x_{part}") for part in ("data", "indices", "indptr"))
-        graph["x"] = csr_matrix(parts, shape=shape).toarray()
+        try:
+            parts = tuple(graph.pop(f"x_{part}") for part in ("data", "indices", "indptr"))
+            graph["x"] = csr_matrix(parts, shape=tuple(graph.pop("x_shape"))).toarray()
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}: x cannot be read ({error}); expected x_data, x_indices, x_indptr and x_shape of a CSR matrix"
+            ) from error
     elif "node_feat" in graph:
         graph["x"] = graph.pop("node_feat")
     return graph
@@ -76,15 +77,20 @@ def read_archive(path: Path) -> dict[str, Any]:
 
 def read_edge_list(path: Path) -> dict[str, Any]:
     """Two columns of node numbers from 0, separated by commas, tabs or spaces; a header and further columns may be."""
-    lines = path.read_text().replace(",", " ").splitlines()
-    rows = [line.split() for line in lines if line.strip() and not line.startswith(("#", "%"))]
-    if rows and not rows[0][0].isdigit():
-        rows = rows[1:]
-    try:
-        edge_index = np.array([[int(value) for value in row[:2]] for row in rows], dtype=np.int64).reshape(-1, 2).T
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; expected two columns of whole numbers, one edge in each line") from error
-    return {"edge_index": edge_index}
+    edges: list[list[int]] = []
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    for number, line in enumerate(lines, start=1):
+        row = line.replace(",", " ").split()
+        if not row or row[0].startswith(("#", "%")) or (not edges and row[0][0] not in "-0123456789"):
+            continue  # empty, a comment, or a header
+        try:
+            first, second = (int(value) for value in row[:2])
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number}: found {line[:80]!r}; expected two columns of whole numbers, one edge in each line"
+            ) from error
+        edges.append([first, second])
+    return {"edge_index": np.array(edges, dtype=np.int64).reshape(-1, 2).T}
 
 
 def packed(archive: dict[str, Any], source: str) -> Samples:
@@ -112,9 +118,15 @@ def read_tu(folder: Path, name: str) -> Samples:
     io, separate = pyg("io"), pyg("data.separate").separate
     try:
         data, slices, _ = io.read_tu_data(str(folder), name)
-    except (ValueError, IndexError, RuntimeError) as error:
+    except (ValueError, IndexError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: cannot read the TU data set {name} ({error})") from error
-    graphs = [separate(type(data), data, i, slices, decrement=False) for i in range(len(slices["edge_index"]) - 1)]
+    count = int(np.loadtxt(folder / f"{name}_graph_indicator.txt", dtype=np.int64, ndmin=1).max())
+    if len(slices["edge_index"]) <= count:  # the last graphs have no edges
+        last = slices["edge_index"][-1:].expand(count + 1 - len(slices["edge_index"]))
+        slices["edge_index"] = torch.cat([slices["edge_index"], last])
+    graphs = [separate(type(data), data, i, slices, decrement=False) for i in range(count)]
+    if not (folder / f"{name}_graph_labels.txt").exists():
+        return Samples(graphs, lambda i: f"{folder}, graph {i}")
     labels, classes = classes_of(np.array([int(graph.y) for graph in graphs]))
     return Samples(graphs, lambda i: f"{folder}, graph {i}", labels, classes)
 

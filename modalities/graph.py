@@ -84,13 +84,13 @@ class Graph(Modality):
         if isinstance(sample, str | Path):
             sample = read_file(Path(sample))
         elif hasattr(sample, "nodes") and hasattr(sample, "edges"):
-            sample = pyg("utils").from_networkx(sample, **networkx_features(sample))
-        if hasattr(sample, "to_dict"):
+            sample = from_networkx(sample)
+        elif hasattr(sample, "edge_index") and hasattr(sample, "to_dict"):
             sample = sample.to_dict() | {"num_nodes": sample.num_nodes}
         if not isinstance(sample, dict) or sample.get("edge_index") is None:
             found = f"the fields {', '.join(sample)}" if isinstance(sample, dict) else type(sample).__name__
             raise ValueError(f"found {found}; expected a path, a networkx or PyG graph, or a dict with edge_index")
-        edge_index = torch.as_tensor(np.asarray(sample["edge_index"])).long()
+        edge_index = numbers(sample["edge_index"], "edge_index", "iu").long()
         if edge_index.numel() == 0:
             edge_index = edge_index.new_zeros(2, 0)
         if edge_index.dim() != 2 or len(edge_index) != 2:
@@ -100,8 +100,8 @@ class Graph(Modality):
         if nodes is None:
             nodes = len(features) if features is not None else int(edge_index.max()) + 1 if edge_index.numel() else 0
         nodes = int(nodes)
-        if nodes == 0:
-            raise ValueError("found a graph without nodes; expected at least one")
+        if nodes < 1:
+            raise ValueError(f"found a graph without nodes (num_nodes {nodes}); expected at least one")
         if edge_index.numel() and not 0 <= int(edge_index.min()) <= int(edge_index.max()) < nodes:
             raise ValueError(
                 f"edge_index: found node numbers from {int(edge_index.min())} to {int(edge_index.max())}; expected "
@@ -127,7 +127,7 @@ class Graph(Modality):
         return torch.stack([key % nodes, key // nodes])
 
     def checked(self, features: Any, nodes: int) -> Tensor:
-        x = torch.as_tensor(np.asarray(features)).float()
+        x = numbers(features, "x", "iufb").float()
         if x.shape != (nodes, self.num_features):
             hint = f"; set modality.num_features to {x.shape[1]}" if x.dim() == 2 and len(x) == nodes else ""
             raise ValueError(f"x: found shape {tuple(x.shape)}; expected ({nodes}, {self.num_features}){hint}")
@@ -138,25 +138,11 @@ class Graph(Modality):
 
     def encodings(self, edge_index: Tensor, nodes: int) -> Tensor:
         """(nodes, P) the places of the nodes; all of about the size of 1 at most."""
-        parts = [torch.zeros(nodes, 0)]
-        if self.random_walk_steps or self.laplacian_vectors:
-            transforms = pyg("transforms")
+        walk = torch.zeros(nodes, self.random_walk_steps)
+        if self.random_walk_steps and edge_index.numel():
             data = pyg("data").Data(edge_index=edge_index, num_nodes=nodes)
-        if self.random_walk_steps:
-            walk = transforms.AddRandomWalkPE(self.random_walk_steps, attr_name="walk")
-            parts.append(walk(data).walk if edge_index.numel() else torch.zeros(nodes, self.random_walk_steps))
-        if self.laplacian_vectors:
-            count = min(self.laplacian_vectors, nodes - 1)
-            vectors = torch.zeros(nodes, self.laplacian_vectors)
-            if count:
-                start = np.random.RandomState(0).rand(nodes)  # else the solver draws from the global generator
-                with torch.random.fork_rng(devices=[]):
-                    known = transforms.AddLaplacianEigenvectorPE(count, "vectors", is_undirected=True, v0=start)
-                    vectors[:, :count] = known(data).vectors.float()
-                largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-                vectors = vectors * torch.where(largest < 0, -1.0, 1.0) * nodes**0.5  # the transform's signs are random
-            parts.append(vectors)
-        return torch.cat(parts, dim=1)
+            walk = pyg("transforms").AddRandomWalkPE(self.random_walk_steps, attr_name="walk")(data).walk
+        return torch.cat([walk, laplacian_vectors(edge_index, nodes, self.laplacian_vectors)], dim=1)
 
     def excerpt(self, sample: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
         """In training, of a graph with more than ``max_nodes``: random nodes, neighbours of theirs, the edges between.
@@ -168,16 +154,22 @@ class Graph(Modality):
             return sample
         if generator is None:
             return sample | {"node_encodings": self.encodings(sample["edge_index"], len(x))}
-        per_seed = 1 + int(np.cumprod(self.num_neighbors).sum())
-        frontier = torch.randint(len(x), (max(1, self.max_nodes // per_seed),), generator=generator).unique()
-        nodes = frontier
-        for count in self.num_neighbors:
-            start, degree = group(target, frontier)
-            draw = torch.rand(len(frontier), count, generator=generator)
-            picked = (start[:, None] + (draw * degree[:, None]).long())[degree > 0]
-            frontier = source[picked.flatten()].unique()
-            nodes = torch.cat([nodes, frontier[~torch.isin(frontier, nodes)]])
-        nodes = nodes[: self.max_nodes].sort().values
+        nodes = torch.zeros(0, dtype=torch.long)
+        seeds = max(1, self.max_nodes // (1 + int(np.cumprod(self.num_neighbors).sum())))
+        for _ in range(8):  # the first round takes in fewer nodes than it may where nodes have few neighbours
+            found = [torch.randint(len(x), (seeds,), generator=generator)]
+            for count in self.num_neighbors:
+                start, degree = group(target, found[-1])
+                draw = torch.rand(len(degree), count, generator=generator)
+                picked = (start[:, None] + (draw * degree[:, None]).long())[degree > 0]
+                found.append(source[picked.flatten()].unique())
+            new = torch.cat(found).unique()
+            new = new[~torch.isin(new, nodes)]
+            nodes = torch.cat([nodes, new[torch.randperm(len(new), generator=generator)]])[: self.max_nodes]
+            if len(nodes) == self.max_nodes:
+                break
+            seeds = max(1, (self.max_nodes - len(nodes)) * seeds // max(1, len(new)))
+        nodes = nodes.sort().values
         start, degree = group(target, nodes)
         place = torch.arange(len(nodes)).repeat_interleave(degree)  # of the target of each edge that ends in the part
         edge = torch.arange(int(degree.sum())) + (start - degree.cumsum(0) + degree).repeat_interleave(degree)
@@ -234,10 +226,10 @@ class Graph(Modality):
         if style == "random" or tokens.edges is None:
             return order
         first = order.masked_fill(~tokens.valid, torch.inf).argmin(dim=1, keepdim=True)
-        hops = torch.full_like(order, 32.0).scatter_(1, first, 0.0).flatten()
+        hops = torch.full_like(order, order.shape[1]).scatter_(1, first, 0.0).flatten()
         source, target = tokens.edges
-        for _ in range(32):
-            hops = hops.scatter_reduce(0, target, hops[source] + 1, reduce="amin")
+        while (nearer := hops.scatter_reduce(0, target, hops[source] + 1, reduce="amin")).lt(hops).any():
+            hops = nearer
         return hops.view_as(order) + order
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
@@ -272,7 +264,7 @@ class Graph(Modality):
         """Scaled cosine error ``(1 - cos(prediction, target)) ** gamma``; a node without features has no direction."""
         prediction, target = prediction.float(), target.float()
         # The root of a sum with a small number in it: at a prediction of zero its slope is finite.
-        length = (prediction.square().sum(dim=-1) + 1e-12).sqrt()
+        length = (prediction.square().sum(dim=-1) + 1e-6).sqrt()
         goal = target.norm(dim=-1)
         cosine = (prediction * target).sum(dim=-1) / (length * goal.clamp(min=1e-12))
         loss = (1 - cosine).clamp(min=0) ** self.gamma
@@ -287,7 +279,55 @@ def group(target: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
     return start, torch.searchsorted(target, nodes, right=True) - start
 
 
-def networkx_features(graph: Any) -> dict[str, Any]:
-    """Which of its attributes are a networkx graph's features: "x", if nodes have it."""
-    has_features = any("x" in attributes for _, attributes in graph.nodes(data=True))
-    return {"group_node_attrs": ["x"]} if has_features else {}
+def laplacian_vectors(edge_index: Tensor, nodes: int, count: int) -> Tensor:
+    """(nodes, count) eigenvectors of the normalised Laplacian, times the root of the number of nodes.
+
+    They belong to the smallest eigenvalues but the first; the largest entry of each is positive. Edges count both
+    ways. Where there are fewer vectors than wanted, zeros fill up.
+    """
+    result = torch.zeros(nodes, count)
+    kept = min(count, nodes - 1)
+    if not kept:
+        return result
+    from scipy.sparse.linalg import eigsh
+
+    utils = pyg("utils")
+    edges = utils.to_undirected(edge_index, num_nodes=nodes)
+    weight = torch.ones(edges.shape[1], dtype=torch.float64)
+    matrix = utils.to_scipy_sparse_matrix(*utils.get_laplacian(edges, weight, "sym", num_nodes=nodes), nodes)
+    if nodes < 100 or kept + 1 >= nodes:
+        values, vectors = np.linalg.eigh(matrix.toarray())
+    else:  # shifted, since the smallest eigenvalues converge slowly
+        start = np.random.RandomState(0).rand(nodes)  # else the solver draws from the global generator
+        values, vectors = eigsh(matrix.tocsc(), kept + 1, sigma=-0.01, v0=start)
+    vectors = vectors[:, values.argsort()[1 : kept + 1]]
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)
+    result[:, :kept] = torch.from_numpy(vectors * np.where(largest < 0, -1.0, 1.0) * nodes**0.5)
+    return result
+
+
+def numbers(values: Any, name: str, kinds: str) -> Tensor:
+    """An array of one of NumPy's kinds of numbers, as a tensor; an empty one may be of any kind."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name}: found rows of different lengths; expected a matrix ({error})") from error
+    if array.size and array.dtype.kind not in kinds:
+        expected = "whole numbers" if kinds == "iu" else "numbers"
+        raise ValueError(f"{name}: found {array.dtype}; expected {expected}")
+    return torch.from_numpy(array.astype(np.float32 if array.dtype.kind in "fbO" else np.int64))
+
+
+def from_networkx(graph: Any) -> dict[str, Any]:
+    """Edges, and the nodes' attribute "x" where all of them have it; other attributes are not read."""
+    position = {node: number for number, node in enumerate(graph.nodes)}
+    edges = [[position[source], position[target]] for source, target in graph.edges()]
+    features = [attributes.get("x") for _, attributes in graph.nodes(data=True)]
+    known = bool(features) and all(value is not None for value in features)
+    if not known and any(value is not None for value in features):
+        raise ValueError(f"x: {sum(value is None for value in features)} of {len(features)} nodes have none")
+    return {
+        "edge_index": np.array(edges, dtype=np.int64).reshape(-1, 2).T,
+        "num_nodes": len(position),
+        **({"x": features} if known else {}),
+    }

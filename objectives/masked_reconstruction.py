@@ -113,6 +113,8 @@ class MaskedReconstruction(Objective):
                 f"mask_token_space, replace_ratio and remask belong to corruption='replace'; found corruption="
                 f"{corruption!r}: leave them out"
             )
+        if mask_token_space not in ("embedding", "input"):
+            raise ValueError(f"mask_token_space: found {mask_token_space!r}; expected 'embedding' or 'input'")
         if not 0 <= replace_ratio < 1:
             raise ValueError(f"replace_ratio: found {replace_ratio}; expected a share from 0 to below 1")
         if remask and not decoder_layers:

@@ -251,7 +251,7 @@ def test_edge_lists(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "fragments"),
     [
-        ("0,1\n1,two\n", ["'two'", "whole numbers"]),
+        ("0,1\n1,two\n", ["line 2", "1,two", "whole numbers"]),
         ("0,1\n1\n", ["two columns"]),
         ("0\n1\n", ["two columns"]),
         ("0,1\n1.5,2\n", ["1.5", "whole numbers"]),

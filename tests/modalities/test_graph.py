@@ -445,25 +445,27 @@ def test_a_part_is_what_its_nodes_induce(max_nodes: int, num_neighbors: tuple[in
 
 
 def test_a_part_spreads_hop_by_hop_from_random_nodes() -> None:
-    """On a path and with one random node the part is a piece of at most two hops to either side."""
+    """On a path and with one random node the part is a piece of two hops to either side, where the path goes on."""
     nodes = 300
-    modality = Graph(num_features=1, normalize_features=False, max_nodes=1 + 10 + 100, num_neighbors=(10, 10))
+    modality = Graph(num_features=1, normalize_features=False, max_nodes=5, num_neighbors=(10, 10))
     whole = modality.prepare(path_graph(nodes, x=np.arange(nodes)[:, None]))
-    middles = []
+    middles, pieces = [], 0
     for seed in range(20):
         kept = sorted(numbers(modality.excerpt(whole, key(seed))))
-        assert kept == list(range(kept[0], kept[-1] + 1)) and 3 <= len(kept) <= 5
+        assert len(kept) == 5 and np.diff(kept).min() == 1
+        pieces += int(np.diff(kept).max() > 1)
         middles.append(sum(kept) / len(kept))
+    assert pieces <= 2  # two neighbours are seldom missed in ten draws
     assert len(set(middles)) > 15 and min(middles) < 100 < 200 < max(middles)
 
 
 def test_a_part_follows_edges_against_their_direction() -> None:
     """A node's neighbours are those it reads."""
-    modality = Graph(num_features=1, normalize_features=False, undirected=False, max_nodes=3, num_neighbors=(2,))
+    modality = Graph(num_features=1, normalize_features=False, undirected=False, max_nodes=2, num_neighbors=(2,))
     whole = modality.prepare(path_graph(100, x=np.arange(100)[:, None]))
     for seed in range(10):
         kept = sorted(numbers(modality.excerpt(whole, key(seed))))
-        assert kept == [0] or (len(kept) == 2 and kept[1] == kept[0] + 1)
+        assert len(kept) == 2 and (kept[1] == kept[0] + 1 or kept[0] == 0)  # node 0 reads nobody
 
 
 def test_places_of_a_part_are_those_of_the_part() -> None:
