@@ -32,13 +32,13 @@ class EncoderConfig:
         num_hidden_layers: number of blocks.
         num_attention_heads: heads per block; must divide the width.
         intermediate_size: width of the feed-forward layer. None: four times the hidden size.
-        hidden_act: activation of the feed-forward layer, or in a block without one, of what the attention returns.
+        hidden_act: activation of the feed-forward layer, or without one, of what the attention returns.
         position_every_block: add the places before every block (Point-MAE), not only to the embedded tokens.
         residual: add the input of each sub-layer to its output. Without (GraphMAE), a token is what it has read.
-        feed_forward: give each block a feed-forward layer after its attention. Without (GraphMAE), its activation
-            comes right after the attention.
+        feed_forward: give each block a feed-forward layer after its attention.
         norm_position: "pre" normalises the input of each sub-layer and the final output (ViT); "post" normalises the
             embedded tokens and the sum after each sub-layer (BERT, TERA).
+        final_norm: normalise the output of a pre-norm encoder. Without (GraphMAE), outputs have a length of their own.
         layer_norm_eps: epsilon of the layer norms.
         qkv_bias: give the query, key and value projections a bias.
         layer_scale_init: start value of a learned scale per channel of each residual branch. None: no LayerScale.
@@ -60,6 +60,7 @@ class EncoderConfig:
     residual: bool = True
     feed_forward: bool = True
     norm_position: Literal["pre", "post"] = "pre"
+    final_norm: bool = True
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
     layer_scale_init: float | None = None
@@ -215,6 +216,8 @@ class Encoder(nn.Module):
                 f"num_attention_heads must divide hidden_size; found {config.num_attention_heads} heads "
                 f"and a hidden size of {config.hidden_size}"
             )
+        if config.norm_position == "post" and not config.final_norm:
+            raise ValueError("final_norm=False is of pre-norm encoders; the last norm of a post-norm block is its own")
         if config.drop_path_rate and not config.residual:
             raise ValueError("drop_path_rate drops residual branches; with residual=False set it to 0")
         for name, choices in (("norm_position", ("pre", "post")), ("initializer", ("xavier_uniform", "normal"))):
@@ -229,7 +232,7 @@ class Encoder(nn.Module):
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.layers = nn.ModuleList(EncoderLayer(config, rate) for rate in rates)
         # The final norm of a pre-norm encoder; the norm of the embedded tokens of a post-norm one.
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
 
     def forward(
         self,
@@ -250,7 +253,7 @@ class Encoder(nn.Module):
             keep_layers: blocks (from 1) whose outputs are returned too.
             prefix: (B, number, D) tokens to put first. None: the encoder's own class and register tokens.
         """
-        dtype = self.norm.weight.dtype  # the residual stream keeps the precision of the weights under autocast
+        dtype = next(self.parameters()).dtype  # the residual stream keeps the precision of the weights under autocast
         hidden, position = content.to(dtype), position.to(dtype)
         if not self.config.position_every_block:
             hidden = hidden + position

@@ -432,6 +432,18 @@ def test_every_parameter_is_used(options: dict[str, Any]) -> None:
     assert any("mlp" in name for name in names) == options.get("feed_forward", True)
 
 
+def test_without_a_final_norm_outputs_are_those_of_the_last_block() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder(config(final_norm=False))
+    content, valid = torch.randn(2, 5, encoder.config.hidden_size), torch.ones(2, 5, dtype=torch.bool)
+    depth = encoder.config.num_hidden_layers
+    out = encoder(content, torch.zeros_like(content), valid, keep_layers=[depth])
+    assert torch.equal(out.tokens, out.layers[0])
+    assert not any(name.startswith("norm.") for name, _ in encoder.named_parameters())
+    with pytest.raises(ValueError, match="final_norm=False is of pre-norm encoders"):
+        Encoder(config(final_norm=False, norm_position="post"))
+
+
 def test_dropping_residual_branches_where_there_are_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"drop_path_rate.*residual=False.*0"):
         Encoder(config(residual=False, drop_path_rate=0.1))

@@ -266,6 +266,7 @@ def test_the_config_keeps_every_option_of_the_encoder(tmp_path: Path) -> None:
         "residual": False,
         "feed_forward": False,
         "norm_position": "post",
+        "final_norm": False,
         "layer_norm_eps": 1e-5,
         "qkv_bias": False,
         "layer_scale_init": 1e-4,
