@@ -87,7 +87,7 @@ def read_edge_list(path: Path) -> dict[str, Any]:
             first, second = (int(value) for value in row[:2])
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number}: found {line[:80]!r}; expected two columns of whole numbers, one edge in each line"
+                f"{path}, line {number}: found {line[:80]!r}; expected two columns of whole numbers, one edge a line"
             ) from error
         edges.append([first, second])
     return {"edge_index": np.array(edges, dtype=np.int64).reshape(-1, 2).T}

@@ -85,7 +85,7 @@ def evaluate(
     )
     everything = len(fit) + len(choose) + len(held_out)
     sizes = {protocol: (len(fit), len(held_out)) for protocol in protocols}
-    sizes["svm"] = everything - everything // FOLDS, everything  # the one that is cross-validated
+    sizes["svm"] = sizes["svm_standardized"] = everything - everything // FOLDS, everything  # ten folds
 
     rows = ["raw"] + ["untrained"] * len(models) + ["pretrained"] * len(models)
     found = features_of(train_samples, adapter, (*untrained, *models), pooling, device)

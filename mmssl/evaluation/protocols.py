@@ -121,19 +121,38 @@ def svm(
     scikit-learn's "scale"; the score is the mean accuracy of the ten folds. Distances are computed once for all of it,
     which saves time and changes nothing.
     """
-    parts = [(train, train_labels), (test, test_labels), *([] if validation is None else [validation])]
+    return cross_validated_svm([(train, train_labels), (test, test_labels), *([validation] if validation else [])])
+
+
+def svm_standardized(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    validation: Labelled | None = None,
+) -> float:
+    """The svm protocol on features that are standardised by the training folds."""
+    parts = [(train, train_labels), (test, test_labels), *([validation] if validation else [])]
+    return cross_validated_svm(parts, standardize=True)
+
+
+def cross_validated_svm(parts: Sequence[Labelled], standardize: bool = False) -> float:
+    """Mean accuracy of ten folds of all parts together."""
     features, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
     features = features.astype(np.float64)
-    distances = euclidean_distances(features, squared=True)
 
     def accuracies(fit: np.ndarray, held_out: np.ndarray, strengths: Sequence[float]) -> list[float]:
-        gamma = 1 / (features.shape[1] * (features[fit].var() or 1.0))
+        gamma = 1 / (features.shape[1] * (scaled[fit].var() or 1.0))
         kernel, other = (np.exp(-gamma * distances[np.ix_(rows, fit)]) for rows in (fit, held_out))
         machines = [SVC(C=strength, kernel="precomputed", random_state=42) for strength in strengths]
         return [machine.fit(kernel, labels[fit]).score(other, labels[held_out]) for machine in machines]
 
     scores: list[float] = []
+    scaled, distances = features, euclidean_distances(features, squared=True)  # once for all folds
     for fit, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(features, labels):
+        if standardize:
+            scaled = StandardScaler().fit(features[fit]).transform(features)
+            distances = euclidean_distances(scaled, squared=True)
         inner = StratifiedKFold(5).split(fit, labels[fit])
         chosen = np.mean([accuracies(fit[one], fit[other], STRENGTHS) for one, other in inner], axis=0).argmax()
         scores += accuracies(fit, held_out, STRENGTHS[chosen : chosen + 1])
@@ -218,6 +237,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "linear": linear,
     "few_shot": few_shot,
     "svm": svm,
+    "svm_standardized": svm_standardized,
     "planetoid": planetoid,
     "planetoid_normalized": planetoid_normalized,
 }

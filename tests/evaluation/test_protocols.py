@@ -9,6 +9,7 @@ from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 from torch import nn
 
@@ -21,10 +22,11 @@ from mmssl.evaluation.protocols import (
     linear,
     planetoid,
     planetoid_normalized,
-    svm,
 )
 
-FITTED = [name for name in PROTOCOLS if name != "svm"]  # on training data; svm goes through all in ten folds
+FITTED = [
+    name for name in PROTOCOLS if not name.startswith("svm")
+]  # on training data; svm goes through all in ten folds
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 CLASSES = 4
 
@@ -253,7 +255,8 @@ def test_knn_and_linear_choose_on_the_validation_set_and_fit_on_training_data_al
 
 
 @pytest.mark.parametrize("outlier", [1.0, 12.0])
-def test_svm_is_ten_grid_searches_of_scikit_learn(outlier: float) -> None:
+@pytest.mark.parametrize("protocol", ["svm", "svm_standardized"])
+def test_svm_is_ten_grid_searches_of_scikit_learn(protocol: str, outlier: float) -> None:
     """Written out: folds of training and test samples together, C chosen inside each training fold."""
     train, labels, test, test_labels = make(noise=2.5, train=90, test=40)
     train[::9] *= outlier  # so that gamma differs from fold to fold
@@ -261,15 +264,17 @@ def test_svm_is_ten_grid_searches_of_scikit_learn(outlier: float) -> None:
     scores, chosen = [], set()
     for fit, held_out in StratifiedKFold(10, shuffle=True, random_state=0).split(features, everything):
         search = GridSearchCV(SVC(random_state=42), {"C": [1e-3, 1e-2, 1e-1, 1, 10]}, cv=5)
-        search.fit(features[fit], everything[fit])
-        scores.append(search.score(features[held_out], everything[held_out]))
+        scaler = StandardScaler().fit(features[fit]) if protocol == "svm_standardized" else FunctionTransformer()
+        search.fit(scaler.transform(features[fit]), everything[fit])
+        scores.append(search.score(scaler.transform(features[held_out]), everything[held_out]))
         chosen.add(search.best_params_["C"])
     assert len(chosen) > 1 and len(set(scores)) > 1
-    assert svm(train, labels, test, test_labels) == pytest.approx(np.mean(scores), abs=1e-12)
+    probe = PROTOCOLS[protocol]
+    assert probe(train, labels, test, test_labels) == pytest.approx(np.mean(scores), abs=1e-12)
     validation = test[:15], test_labels[:15]
-    moved = svm(train, labels, test[15:], test_labels[15:], validation)
+    moved = probe(train, labels, test[15:], test_labels[15:], validation)
     order = np.r_[:90, 105:130, 90:105]
-    assert moved == svm(features[order][:50], everything[order][:50], features[order][50:], everything[order][50:])
+    assert moved == probe(features[order][:50], everything[order][:50], features[order][50:], everything[order][50:])
 
 
 # ---- The probe of nodes ---------------------------------------------------------------------------------------------

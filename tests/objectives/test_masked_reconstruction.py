@@ -411,7 +411,9 @@ def test_average_of_layers_is_normalised_by_the_final_norm(corruption: str, pref
         layer.register_forward_hook(lambda module, args, out: outputs.append(out))
     encoded = reconstruct(objective, clean_tokens(objective, images())).encoded
     mean = (outputs[0] + outputs[2]) / 2
-    expected = F.layer_norm(mean, (16,), encoder.norm.weight, encoder.norm.bias, 1e-6)
+    norm = encoder.norm
+    assert isinstance(norm, torch.nn.LayerNorm)
+    expected = F.layer_norm(mean, (16,), norm.weight, norm.bias, 1e-6)
     torch.testing.assert_close(encoded, expected[:, encoder.num_prefix_tokens :])
 
 
