@@ -42,15 +42,15 @@ class MLPPositions(nn.Module):
         width: size of the embedding.
         axes: number of coordinates P.
         hidden_size: width of the hidden layer.
-        gated: multiply by a learned number that starts at 0, so that places do not drown the contents before training
-            has found a use for them.
+        gate: multiply by a learned number that starts here. At 0, places do not drown the contents before training has
+            found a use for them. None: no such number.
     """
 
-    def __init__(self, width: int, axes: int, hidden_size: int = 128, gated: bool = False):
+    def __init__(self, width: int, axes: int, hidden_size: int = 128, gate: float | None = None):
         super().__init__()
         self.fc1 = nn.Linear(axes, hidden_size)
         self.fc2 = nn.Linear(hidden_size, width)
-        self.gate = nn.Parameter(torch.zeros(1)) if gated else None
+        self.gate = None if gate is None else nn.Parameter(torch.full((1,), gate))
 
     def forward(self, coords: Tensor) -> Tensor:
         position = self.fc2(nn.functional.gelu(self.fc1(coords.to(self.fc1.weight.dtype))))

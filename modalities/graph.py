@@ -27,6 +27,8 @@ class Graph(Modality):
             (Dwivedi et al., 2022). 0: nodes have no such place.
         laplacian_vectors: places are so many eigenvectors of the normalised Laplacian, those of the smallest
             eigenvalues but the first, times the root of the number of nodes (Dwivedi and Bresson, 2021). 0: none.
+        encoding_gate: start value of the learned factor of these places. Next to features that are normalised, at 1 they
+            would be all that the first layer sees; where features say little (TU graphs), 1 is better.
         max_nodes: training reads a sampled part of a graph with more nodes than this. None: always the whole graph.
         num_neighbors: how many neighbours such a part takes in for each node, hop by hop from random nodes on.
         gamma: power of the scaled cosine error.
@@ -46,6 +48,7 @@ class Graph(Modality):
         undirected: bool = True,
         random_walk_steps: int = 0,
         laplacian_vectors: int = 0,
+        encoding_gate: float = 0.0,
         max_nodes: int | None = None,
         num_neighbors: Sequence[int] = (10, 10),
         gamma: float = 3.0,
@@ -55,6 +58,7 @@ class Graph(Modality):
         super().__init__()
         self.num_features, self.normalize_features, self.undirected = num_features, normalize_features, undirected
         self.random_walk_steps, self.laplacian_vectors = random_walk_steps, laplacian_vectors
+        self.encoding_gate = float(encoding_gate)
         self.max_nodes, self.num_neighbors, self.gamma = max_nodes, tuple(num_neighbors), gamma
         self.drop_edges, self.mask_features = drop_edges, mask_features
         for name in ("drop_edges", "mask_features"):
@@ -208,9 +212,8 @@ class Graph(Modality):
         return self.projection(tokens.content.to(self.projection.weight.dtype))
 
     def positions(self, width: int) -> nn.Module:
-        """Gated: next to features that are normalised, encodings would be all that the first layer sees."""
         axes = self.random_walk_steps + self.laplacian_vectors
-        return MLPPositions(width, axes, gated=True) if axes else NoPositions(width)
+        return MLPPositions(width, axes, gate=self.encoding_gate) if axes else NoPositions(width)
 
     def raw_features(self, batch: Batch) -> Tensor:
         """(B, F + 2) sums of the features over the nodes (counts, where they are one-hot), nodes and edges."""

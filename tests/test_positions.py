@@ -94,8 +94,8 @@ def test_nothing_is_stored() -> None:
     assert not list(SinCosPositions(8, axes=2).buffers())
 
 
-def filled(width: int, axes: int, hidden_size: int, gated: bool = False) -> MLPPositions:
-    positions = MLPPositions(width, axes, hidden_size, gated)
+def filled(width: int, axes: int, hidden_size: int, gate: float | None = None) -> MLPPositions:
+    positions = MLPPositions(width, axes, hidden_size, gate)
     with torch.no_grad():
         for name, parameter in positions.named_parameters():
             if name != "gate":
@@ -128,7 +128,7 @@ def test_learned_positions_are_linear_gelu_linear(axes: int, hidden_size: int) -
 def test_the_gate_starts_closed_and_can_open() -> None:
     """At first places add nothing, whatever their size; the gate has a slope, and scales what lies behind it."""
     coords = 1e3 * torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
-    gated, plain = filled(4, 2, 8, gated=True), filled(4, 2, 8)
+    gated, plain = filled(4, 2, 8, gate=0.0), filled(4, 2, 8)
     assert not gated(coords).any()
     gated(coords).sum().backward()
     assert gated.gate is not None and gated.gate.grad is not None
