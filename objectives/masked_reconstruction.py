@@ -155,7 +155,7 @@ class MaskedReconstruction(Objective):
             config.hidden_size, config.num_hidden_layers = decoder_hidden_size, decoder_layers
             config.num_attention_heads, config.intermediate_size = decoder_attention_heads, None
             config.class_token, config.num_register_tokens = False, 0
-            config.drop_path_rate = decoder_drop_path_rate
+            config.drop_path_rate, config.final_norm = decoder_drop_path_rate, True
             self.decoder = Encoder(config)
             if corruption == "drop" or remask:
                 self.decoder_mask_token = nn.Parameter(torch.zeros(decoder_hidden_size))
