@@ -23,6 +23,7 @@ class PreparedSamples(Dataset):
         modality: used for ``prepare`` and ``collate`` alone.
         on_error: "raise" or "skip".
         seed: random excerpts of large samples, others in each epoch. None: always the same ones, for evaluation.
+        repeat: how many times each sample is there, with excerpts of its own each time.
     """
 
     def __init__(
@@ -31,7 +32,11 @@ class PreparedSamples(Dataset):
         modality: Modality,
         on_error: Literal["raise", "skip"] = "raise",
         seed: int | None = None,
+        repeat: int = 1,
     ):
+        if repeat < 1:
+            raise ValueError(f"data.repeat: found {repeat}; expected at least 1")
+        self.repeat = repeat
         self.samples, self.modality, self.on_error, self.seed = samples, modality, on_error, seed
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         self.last: tuple[int, dict[str, Tensor]] | None = None
@@ -41,26 +46,28 @@ class PreparedSamples(Dataset):
         self.epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.samples) * self.repeat
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], list[int]]:
         failed: list[int] = []
-        for step in range(len(self)):
-            position = (index + step) % len(self)
+        for step in range(len(self.samples)):
+            position = (index + step) % len(self.samples)
             try:
-                return self.excerpt(position), failed
+                return self.excerpt(position, index // len(self.samples)), failed
             except (ValueError, OSError) as error:
                 if self.on_error == "raise":
                     raise ValueError(f"{self.samples.name(position)}: {error}") from error
                 failed.append(position)
-        raise ValueError(f"none of {len(self)} samples could be read; the last was {self.samples.name(failed[-1])}")
+        raise ValueError(
+            f"none of {len(self.samples)} samples could be read; the last was {self.samples.name(failed[-1])}"
+        )
 
-    def excerpt(self, position: int) -> dict[str, Tensor]:
+    def excerpt(self, position: int, turn: int = 0) -> dict[str, Tensor]:
         if self.last is None or self.last[0] != position:  # one huge sample is prepared once
             self.last = position, self.modality.prepare(self.samples.values[position])
         generator = None
         if self.seed is not None:
-            key = seed_of(self.seed, "excerpt", int(self.epoch), position)
+            key = seed_of(self.seed, "excerpt", int(self.epoch), position, turn)
             generator = torch.Generator().manual_seed(key)
         return self.modality.excerpt(self.last[1], generator)
 

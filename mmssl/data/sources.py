@@ -30,6 +30,8 @@ class DataArguments:
             .npz file, rows with a negative label are left out if the column is named here: they are in no class.
         filter: keep only the rows of a table with "COLUMN=VALUE" or "COLUMN!=VALUE".
         max_samples: keep only the first so many. None: all.
+        repeat: how many times an epoch of training reads each sample; of a scene or a graph that is too large, another
+            part each time, so that one such sample fills batches and keeps several processes busy.
         on_error: what to do with an unreadable sample: "raise", or "skip" it, take the next one, and count it.
     """
 
@@ -40,6 +42,7 @@ class DataArguments:
     label_column: str | None = None
     filter: str | None = None
     max_samples: int | None = None
+    repeat: int = 1
     on_error: Literal["raise", "skip"] = "raise"
 
 

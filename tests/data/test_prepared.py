@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
 from mmssl.modalities.base import Modality
+from mmssl.modalities.graph import Graph
 from mmssl.modalities.image import Image
 from mmssl.modalities.speech import Speech
 
@@ -218,3 +219,17 @@ def test_the_epoch_travels_by_pickle() -> None:
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy[1][0]["draw"], data[1][0]["draw"])
     assert tuple(copy[1][0]["draw"].tolist()) == draws(lottery(2), 4)[1]
+
+
+def test_repeated_samples_have_excerpts_of_their_own() -> None:
+    """One large graph fills a batch with different parts of it, the same ones at each reading of an epoch."""
+    edges = np.stack([np.arange(99), np.arange(1, 100)])
+    samples = Samples([{"edge_index": edges, "x": np.arange(100.0)[:, None]}], str)
+    modality = Graph(num_features=1, normalize_features=False, max_nodes=5, num_neighbors=(2,))
+    data = PreparedSamples(samples, modality, seed=0, repeat=6)
+    assert len(data) == 6
+    parts = [tuple(data[index][0]["node_features"].flatten().tolist()) for index in range(6)]
+    assert len(set(parts)) > 4
+    assert parts == [tuple(data[index][0]["node_features"].flatten().tolist()) for index in range(6)]
+    with pytest.raises(ValueError, match=r"data\.repeat: found 0"):
+        PreparedSamples(samples, modality, repeat=0)
