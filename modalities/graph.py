@@ -27,8 +27,8 @@ class Graph(Modality):
             (Dwivedi et al., 2022). 0: nodes have no such place.
         laplacian_vectors: places are so many eigenvectors of the normalised Laplacian, those of the smallest
             eigenvalues but the first, times the root of the number of nodes (Dwivedi and Bresson, 2021). 0: none.
-        encoding_gate: start value of the learned factor of these places. Next to features that are normalised, at 1 they
-            would be all that the first layer sees; where features say little (TU graphs), 1 is better.
+        encoding_gate: start value of the learned factor of these places. At 1 they would be all that the first layer
+            sees of features that are normalised; where features say little (TU graphs), 1 is better.
         max_nodes: training reads a sampled part of a graph with more nodes than this. None: always the whole graph.
         num_neighbors: how many neighbours such a part takes in for each node, hop by hop from random nodes on.
         gamma: power of the scaled cosine error.

@@ -275,6 +275,6 @@ class Run:
             if failed:
                 names = "\n  ".join(stream.dataset.samples.name(position) for position in failed[:10])
                 self.accelerator.print(
-                    f"{modality}: {len(failed)} of {len(stream.dataset.samples)} samples could not be read and were skipped, "
-                    f"among them:\n  {names}"
+                    f"{modality}: {len(failed)} of {len(stream.dataset.samples)} samples could not be read and "
+                    f"were skipped, among them:\n  {names}"
                 )
