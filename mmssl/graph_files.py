@@ -4,6 +4,7 @@ A graph is a dict of arrays: ``edge_index`` (2, E), and where they are known ``x
 """
 
 import importlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,20 @@ def read_collection(source: str) -> Samples | None:
         archive = read_archive(path)
         if "node_ptr" in archive:
             return packed(archive, source)
-        labels, splits = np.asarray(archive.get("y")), node_splits(archive)
-        return Samples(
-            values=[archive],
-            name=lambda i: source,
-            token_labels=None if labels.shape != (num_nodes(archive),) else [node_labels(archive)],
-            token_splits=None if splits is None else [splits],
-        )
+        return one_graph(archive, source, archive, num_nodes(archive))
     elif path.is_file() and path.suffix.lower() in EDGE_LISTS:
-        return Samples(values=[source], name=lambda i: source)
+        return Samples(values=[source], name=partial(only_name, source))
     return None
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """One graph from an .npz archive or an edge list."""
-    return read_archive(path) if path.suffix.lower() == ".npz" else read_edge_list(path)
+    if path.suffix.lower() != ".npz":
+        return read_edge_list(path)
+    graph = read_archive(path)
+    if "node_ptr" in graph:
+        raise ValueError(f"{path}: holds many graphs (node_ptr), expected one; give this file itself as data.source")
+    return graph
 
 
 def read_archive(path: Path) -> dict[str, Any]:
@@ -90,11 +90,17 @@ def read_edge_list(path: Path) -> dict[str, Any]:
                 f"{path}, line {number}: found {line[:80]!r}; expected two columns of whole numbers, one edge a line"
             ) from error
         edges.append([first, second])
-    return {"edge_index": np.array(edges, dtype=np.int64).reshape(-1, 2).T}
+    try:
+        return {"edge_index": np.array(edges, dtype=np.int64).reshape(-1, 2).T}
+    except OverflowError as error:
+        raise ValueError(f"{path}: found a node number beyond 64 bits; expected numbers from 0") from error
 
 
 def packed(archive: dict[str, Any], source: str) -> Samples:
-    """Many graphs in one archive: those of graph i stand at ``node_ptr[i]:node_ptr[i + 1]``, edges likewise."""
+    """Many graphs in one archive: nodes of graph i stand at ``node_ptr[i]:node_ptr[i + 1]``, edges likewise.
+
+    Edges number the nodes of each graph from 0. ``y``, where it is of classes, has one label for each graph.
+    """
     nodes, edges = archive["node_ptr"], archive.get("edge_ptr")
     if edges is None or len(edges) != len(nodes):
         raise ValueError(f"{source}: found node_ptr without an edge_ptr of its length; expected both")
@@ -107,10 +113,11 @@ def packed(archive: dict[str, Any], source: str) -> Samples:
         for i in range(len(nodes) - 1)
     ]
     labels = archive.get("y")
-    name = f"{source}, graph {{}}".format
-    if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iub":
-        return Samples(graphs, name, *classes_of(labels))
-    return Samples(graphs, name)
+    if labels is None or labels.ndim != 1 or labels.dtype.kind not in "iub":
+        return Samples(graphs, partial(graph_name, source))
+    if len(labels) != len(graphs):
+        raise ValueError(f"{source}: found {len(labels)} labels in y for {len(graphs)} graphs; expected one for each")
+    return Samples(graphs, partial(graph_name, source), *classes_of(labels))
 
 
 def read_tu(folder: Path, name: str) -> Samples:
@@ -126,9 +133,9 @@ def read_tu(folder: Path, name: str) -> Samples:
         slices["edge_index"] = torch.cat([slices["edge_index"], last])
     graphs = [separate(type(data), data, i, slices, decrement=False) for i in range(count)]
     if not (folder / f"{name}_graph_labels.txt").exists():
-        return Samples(graphs, lambda i: f"{folder}, graph {i}")
+        return Samples(graphs, partial(graph_name, str(folder)))
     labels, classes = classes_of(np.array([int(graph.y) for graph in graphs]))
-    return Samples(graphs, lambda i: f"{folder}, graph {i}", labels, classes)
+    return Samples(graphs, partial(graph_name, str(folder)), labels, classes)
 
 
 def read_pyg(source: str) -> Samples:
@@ -139,27 +146,49 @@ def read_pyg(source: str) -> Samples:
     if cls is None:
         raise ValueError(f"{source}: torch_geometric.datasets has no {kind}; expected pyg:CLASS:NAME")
     folder = str(Path(root).expanduser() if root else CACHE / kind)
+    arguments = () if kind == "KarateClub" else (folder, name) if name else (folder,)
     try:
-        dataset = cls(folder, name) if name else (cls(folder) if root or kind not in ("KarateClub",) else cls())
-    except (TypeError, AssertionError, OSError) as error:
+        dataset = cls(*arguments)
+        graphs = [dataset[i] for i in range(len(dataset))]
+    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         raise ValueError(f"{source}: {kind} cannot be read ({type(error).__name__}: {error})") from error
-    graphs = [dataset[i] for i in range(len(dataset))]
-    first = graphs[0]
-    if len(graphs) == 1 and getattr(first, "y", None) is not None and len(first.y) == first.num_nodes:
-        masks = {
-            key: getattr(first, mask).numpy() for key, mask in MASKS.items() if getattr(first, mask, None) is not None
-        }
-        splits = splits_of(masks, first.num_nodes) if len(masks) == len(MASKS) else None
-        return Samples(
-            graphs,
-            lambda i: source,
-            token_labels=[first.y.numpy()],
-            token_splits=None if splits is None else [splits],
-        )
-    labels = [graph.y for graph in graphs if getattr(graph, "y", None) is not None and graph.y.numel() == 1]
-    if len(labels) == len(graphs) and not labels[0].is_floating_point():
-        return Samples(graphs, lambda i: f"{source}, graph {i}", *classes_of(np.array([int(y) for y in labels])))
-    return Samples(graphs, lambda i: f"{source}, graph {i}")
+    first, labels = graphs[0], [graph.y for graph in graphs if getattr(graph, "y", None) is not None]
+    if len(graphs) == 1:
+        arrays = {key: first[key].numpy() for key in ("y", *MASKS.values()) if isinstance(first.get(key), torch.Tensor)}
+        return one_graph(first, source, arrays, first.num_nodes)
+    if len(labels) == len(graphs) and all(y.numel() == 1 and not y.is_floating_point() for y in labels):
+        return Samples(graphs, partial(graph_name, source), *classes_of(np.array([int(y) for y in labels])))
+    return Samples(graphs, partial(graph_name, source))
+
+
+def one_graph(graph: Any, source: str, arrays: dict[str, Any], nodes: int) -> Samples:
+    """One graph whose nodes have labels, where ``arrays`` holds one whole number for each in "y", and splits."""
+    labels = np.asarray(arrays.get("y"))
+    if labels.shape == (nodes, 1):
+        labels = labels[:, 0]
+    if labels.shape != (nodes,) or labels.dtype.kind not in "iu":
+        return Samples([graph], partial(only_name, source))
+    labels = np.where(arrays["unlabelled"], -1, labels) if "unlabelled" in arrays else labels
+    masks = {name: np.asarray(arrays.get(mask)) for name, mask in MASKS.items()}
+    splits = np.full(nodes, "", dtype="<U10")
+    for name, mask in masks.items():
+        if mask.shape == (nodes,):  # several splits side by side are none that a probe could choose
+            splits[mask.astype(bool)] = name
+    whole = all(mask.shape == (nodes,) for mask in masks.values())
+    return Samples(
+        [graph],
+        partial(only_name, source),
+        token_labels=[labels.astype(np.int64)],
+        token_splits=[splits] if whole else None,
+    )
+
+
+def only_name(source: str, i: int) -> str:
+    return source
+
+
+def graph_name(source: str, i: int) -> str:
+    return f"{source}, graph {i}"
 
 
 def pyg(module: str) -> Any:
@@ -177,22 +206,5 @@ def classes_of(labels: np.ndarray) -> tuple[np.ndarray, list[str]]:
 def num_nodes(graph: dict[str, Any]) -> int:
     if "num_nodes" in graph:
         return int(graph["num_nodes"])
-    return len(graph["x"]) if "x" in graph else int(graph["edge_index"].max(initial=-1)) + 1
-
-
-def node_labels(archive: dict[str, Any]) -> np.ndarray:
-    labels = archive["y"].astype(np.int64)
-    return np.where(archive["unlabelled"], -1, labels) if "unlabelled" in archive else labels
-
-
-def node_splits(archive: dict[str, Any]) -> np.ndarray | None:
-    if not all(mask in archive for mask in MASKS.values()):
-        return None
-    return splits_of({key: archive[mask] for key, mask in MASKS.items()}, len(archive["train_mask"]))
-
-
-def splits_of(masks: dict[str, np.ndarray], nodes: int) -> np.ndarray:
-    splits = np.full(nodes, "", dtype="<U10")
-    for name, mask in masks.items():
-        splits[mask.astype(bool)] = name
-    return splits
+    known = "x" in graph and np.ndim(graph["x"]) > 0
+    return len(graph["x"]) if known else int(graph["edge_index"].max(initial=-1)) + 1

@@ -64,6 +64,8 @@ class Graph(Modality):
         for name in ("drop_edges", "mask_features"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: found {getattr(self, name)}; expected a share from 0 to below 1")
+        if min(random_walk_steps, laplacian_vectors, *self.num_neighbors) < 0:
+            raise ValueError("random_walk_steps, laplacian_vectors, num_neighbors: found a number below 0")
         if gamma < 1:
             raise ValueError(f"gamma: found {gamma}; expected at least 1, or small errors would have endless slopes")
         if max_nodes is not None and max_nodes < 2:
@@ -302,7 +304,10 @@ def laplacian_vectors(edge_index: Tensor, nodes: int, count: int) -> Tensor:
         values, vectors = np.linalg.eigh(matrix.toarray())
     else:  # shifted, since the smallest eigenvalues converge slowly
         start = np.random.RandomState(0).rand(nodes)  # else the solver draws from the global generator
-        values, vectors = eigsh(matrix.tocsc(), kept + 1, sigma=-0.01, v0=start)
+        try:
+            values, vectors = eigsh(matrix.tocsc(), kept + 1, sigma=-0.01, v0=start)
+        except RuntimeError as error:
+            raise ValueError(f"laplacian_vectors: they cannot be computed ({error}); take fewer") from error
     vectors = vectors[:, values.argsort()[1 : kept + 1]]
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)
     result[:, :kept] = torch.from_numpy(vectors * np.where(largest < 0, -1.0, 1.0) * nodes**0.5)
@@ -311,6 +316,9 @@ def laplacian_vectors(edge_index: Tensor, nodes: int, count: int) -> Tensor:
 
 def numbers(values: Any, name: str, kinds: str) -> Tensor:
     """An array of one of NumPy's kinds of numbers, as a tensor; an empty one may be of any kind."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.is_floating_point() else values
     try:
         array = np.asarray(values)
     except ValueError as error:
@@ -325,6 +333,8 @@ def from_networkx(graph: Any) -> dict[str, Any]:
     """Edges, and the nodes' attribute "x" where all of them have it; other attributes are not read."""
     position = {node: number for number, node in enumerate(graph.nodes)}
     edges = [[position[source], position[target]] for source, target in graph.edges()]
+    if not graph.is_directed():
+        edges += [edge[::-1] for edge in edges]
     features = [attributes.get("x") for _, attributes in graph.nodes(data=True)]
     known = bool(features) and all(value is not None for value in features)
     if not known and any(value is not None for value in features):

@@ -65,6 +65,17 @@ class PointCloud(Modality):
         self.crop_scale, self.drop, self.rotation = tuple(crop_scale), drop, rotation
         self.scale, self.jitter, self.translate = tuple(scale), jitter, translate
         self.least = max(num_groups, group_size)
+        for option, choices in (
+            ("distance", ("l1", "l2")),
+            ("excerpt_style", ("random", "block")),
+            ("rotation", ("none", "x", "y", "z", "any")),
+        ):
+            if getattr(self, option) not in choices:  # a config file is not checked against the types
+                raise ValueError(f"{option}: found {getattr(self, option)!r}; expected one of {', '.join(choices)}")
+        if min(num_groups, group_size) < 1 or min(num_channels, jitter, translate) < 0:
+            raise ValueError(
+                "num_groups and group_size must be at least 1; num_channels, jitter and translate at least 0"
+            )
         if num_points < self.least:
             raise ValueError(
                 f"num_points: found {num_points}; expected at least num_groups and group_size, {self.least}"

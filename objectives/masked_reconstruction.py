@@ -117,6 +117,10 @@ class MaskedReconstruction(Objective):
             raise ValueError(f"mask_token_space: found {mask_token_space!r}; expected 'embedding' or 'input'")
         if not 0 <= replace_ratio < 1:
             raise ValueError(f"replace_ratio: found {replace_ratio}; expected a share from 0 to below 1")
+        if decoder_drop_path_rate and not model.config.residual:
+            raise ValueError(
+                "decoder_drop_path_rate drops residual branches; with an encoder of residual=False set it to 0"
+            )
         if remask and not decoder_layers:
             raise ValueError("remask=True masks the input of a decoder, and decoder_layers is 0; set it to 1 or more")
         if views:

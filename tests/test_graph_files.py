@@ -1,6 +1,7 @@
 """Graphs from files, against what stands in the files, and the public data sets' published sizes."""
 
 import os
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -375,3 +376,35 @@ def test_public_packed_archive() -> None:
     samples = collection(DATA / "molecules" / "esol.npz")
     assert len(samples) == 1128 and samples.labels is None
     assert all(graph["edge_index"].max(initial=-1) < graph["num_nodes"] for graph in samples.values)
+
+
+def test_what_is_no_label_of_a_node_is_left_out(tmp_path: Path) -> None:
+    """Several splits side by side, labels of several classes, and labels that are no whole numbers."""
+    base = {"x": np.eye(4), "edge_index": np.array([[0, 1], [1, 2]])}
+    masks = {f"{name}_mask": np.eye(4, 2, dtype=bool) for name in ("train", "val", "test")}
+    cases = {
+        "splits": ({"y": np.arange(4), **masks}, [0, 1, 2, 3]),
+        "column": ({"y": np.arange(4)[:, None]}, [0, 1, 2, 3]),
+        "several": ({"y": np.ones((4, 3), dtype=int)}, None),
+        "real": ({"y": np.linspace(0, 1, 4)}, None),
+    }
+    for name, (arrays, expected) in cases.items():
+        np.savez(tmp_path / f"{name}.npz", **base, **arrays)
+        samples = read_collection(str(tmp_path / f"{name}.npz"))
+        assert samples is not None and samples.token_splits is None
+        found = None if samples.token_labels is None else samples.token_labels[0].tolist()
+        assert found == expected, name
+
+
+def test_packed_archives_have_one_label_for_each_graph_and_are_no_single_graph(tmp_path: Path) -> None:
+    path = tmp_path / "packed{}.npz"  # braces in a name are none of a format
+    arrays = {"x": np.eye(4), "edge_index": np.zeros((2, 0), dtype=int), "node_ptr": [0, 2, 4], "edge_ptr": [0, 0, 0]}
+    np.savez(path, **arrays, y=[0, 1])
+    samples = read_collection(str(path))
+    assert samples is not None and samples.name(1) == f"{path}, graph 1"
+    assert pickle.loads(pickle.dumps(samples)).labels.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"holds many graphs.*data\.source"):
+        Graph(num_features=4).prepare(path)
+    np.savez(path, **arrays, y=[0, 1, 2, 3])
+    with pytest.raises(ValueError, match="found 4 labels in y for 2 graphs"):
+        read_collection(str(path))

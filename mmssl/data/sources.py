@@ -62,6 +62,9 @@ def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
     if source in BUILTIN:
         samples = BUILTIN[source](arguments.split)
     elif (own := modality.collection(source)) is not None:
+        unused = ("config_name", "split", "column", "label_column", "filter")
+        if given := [name for name in unused if getattr(arguments, name) != getattr(DataArguments(), name)]:
+            raise ValueError(f"data.{given[0]}: {source} is no table and has no such choice; leave it out")
         samples = own
     elif path.is_dir() and not any(path.glob("*.parquet")):
         samples = from_folder(path, modality)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -62,6 +63,8 @@ def evaluate(
     """
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {', '.join(PROTOCOLS)}")
+    if pooling not in get_args(Pooling):
+        raise ValueError(f"pooling: found {pooling!r}; expected one of {', '.join(get_args(Pooling))}")
     if not checkpoints:
         raise ValueError("checkpoints: found none; expected at least one folder or Hub name")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,11 +152,11 @@ def print_scores(scores: Sequence[Score], title: str) -> None:
     table.add_column("features")
     for protocol in protocols:
         table.add_column(protocol, justify="right", overflow="fold")
-    for row, label in labels.items():
+    for row in dict.fromkeys(score.row for score in scores):
         cells = []
         for protocol in protocols:
             (values,) = [score.values for score in scores if (score.row, score.protocol) == (row, protocol)]
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.3f}{spread}")
-        table.add_row(label, *cells)
+        table.add_row(labels.get(row, row), *cells)
     Console().print(table)

@@ -36,15 +36,16 @@ def look(run: Path, objective: Objective, data: DataArguments, name: str, pictur
     modality = objective.model.adapters[name]
     samples = load_samples(data, modality)
     if isinstance(objective, MaskedReconstruction):
-        few = PreparedSamples(samples, modality, data.on_error)
+        few = PreparedSamples(samples, modality, data.on_error, seed=0)  # parts of what is too large
         batch = few.collate([few[i] for i in range(min(8, len(few)))])["inputs"]
         path = draw_reconstructions(objective, batch, run / picture)
         print(f"Originals, what the encoder saw of them, and reconstructions: {path}")
     if samples.labels is None and samples.token_labels is None:
         return
-    if len(samples) > MOST:  # the first ones alone would be of the first classes, where files are sorted by class
+    count = len(samples) if samples.token_labels is None else sum(map(len, samples.token_labels))
+    if count > MOST:  # the first ones alone would be of the first classes, where files are sorted by class
         flags = f"--data {data.source}" + (f" --modality {name}" if len(objective.model.adapters) > 1 else "")
-        print(f"Probes of {len(samples):,} labelled samples take a while: mmssl evaluate {run} {flags}")
+        print(f"Probes of {count:,} labels take a while: mmssl evaluate {run} {flags}")
         return
     try:
         print_scores(evaluate([run], data, modality=name), title=f"{run}: {name}")

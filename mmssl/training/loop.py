@@ -114,11 +114,11 @@ def pretrain(
         "objective": {type(module).__name__: options_of(module)},
         "encoder": asdict(encoder),
         "data": asdict(data),
-        "samples": len(streams[modality.name].dataset),
+        "samples": len(streams[modality.name].dataset.samples),
         "also": {
             source.modality.name: {
                 "data": asdict(source.data),
-                "samples": len(streams[source.modality.name].dataset),
+                "samples": len(streams[source.modality.name].dataset.samples),
                 "weight": source.weight,
                 "per_device_train_batch_size": streams[source.modality.name].batch_size,
             }
