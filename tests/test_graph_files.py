@@ -380,9 +380,9 @@ def test_public_packed_archive() -> None:
 
 def test_what_is_no_label_of_a_node_is_left_out(tmp_path: Path) -> None:
     """Several splits side by side, labels of several classes, and labels that are no whole numbers."""
-    base = {"x": np.eye(4), "edge_index": np.array([[0, 1], [1, 2]])}
-    masks = {f"{name}_mask": np.eye(4, 2, dtype=bool) for name in ("train", "val", "test")}
-    cases = {
+    base: dict[str, Any] = {"x": np.eye(4), "edge_index": np.array([[0, 1], [1, 2]])}
+    masks: dict[str, Any] = {f"{name}_mask": np.eye(4, 2, dtype=bool) for name in ("train", "val", "test")}
+    cases: dict[str, Any] = {
         "splits": ({"y": np.arange(4), **masks}, [0, 1, 2, 3]),
         "column": ({"y": np.arange(4)[:, None]}, [0, 1, 2, 3]),
         "several": ({"y": np.ones((4, 3), dtype=int)}, None),
@@ -398,7 +398,12 @@ def test_what_is_no_label_of_a_node_is_left_out(tmp_path: Path) -> None:
 
 def test_packed_archives_have_one_label_for_each_graph_and_are_no_single_graph(tmp_path: Path) -> None:
     path = tmp_path / "packed{}.npz"  # braces in a name are none of a format
-    arrays = {"x": np.eye(4), "edge_index": np.zeros((2, 0), dtype=int), "node_ptr": [0, 2, 4], "edge_ptr": [0, 0, 0]}
+    arrays: dict[str, Any] = {
+        "x": np.eye(4),
+        "edge_index": np.zeros((2, 0), dtype=int),
+        "node_ptr": [0, 2, 4],
+        "edge_ptr": [0, 0, 0],
+    }
     np.savez(path, **arrays, y=[0, 1])
     samples = read_collection(str(path))
     assert samples is not None and samples.name(1) == f"{path}, graph 1"
