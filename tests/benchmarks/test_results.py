@@ -26,6 +26,6 @@ def test_every_measurement_is_whole_and_has_its_baselines() -> None:
     for line in lines:
         assert set(line) == FIELDS
         assert 0 <= line["mean"] <= 1
-        assert line["seeds"] >= 3 or line["row"] == "raw"
+        assert line["seeds"] >= 3 or line["row"] in ("raw", "2-hop average")  # which have no seed
         rows.setdefault((line["data"], line["recipe"], line["protocol"], line["command"]), set()).add(line["row"])
-    assert all(found == {"raw", "untrained", "pretrained"} for found in rows.values())
+    assert all(found >= {"raw", "untrained", "pretrained"} for found in rows.values())
