@@ -1,6 +1,6 @@
 """Samples: raw data before a modality has prepared them, with the labels that probes read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,8 +15,8 @@ class Samples:
     Attributes:
         values: one raw sample each; may read from disk when indexed.
         name: how an error names sample i: its path, or its row in a table.
-        labels: (n,) int, or None where there are none.
-        classes: name of each label.
+        labels: (n,) int, the number of a class, or float, a quantity; or None where there are none.
+        classes: name of each class.
         token_labels: (tokens,) int for each sample, -1 where a token has none, if labels are of tokens (nodes).
         token_splits: (tokens,) str for each sample, "train", "validation", "test" or "", where a split is published.
     """
@@ -34,8 +34,9 @@ class Samples:
     def select(self, index: np.ndarray) -> "Samples":
         """The samples at these positions."""
         index = np.asarray(index)
+        rows = self.values.select(index) if isinstance(self.values, Rows) else Selected(self.values, index)
         return Samples(
-            values=Selected(self.values, index),
+            values=rows,
             name=partial(name_of_selected, self.name, index),
             labels=None if self.labels is None else self.labels[index],
             classes=self.classes,
@@ -60,6 +61,29 @@ class Selected(Sequence):
 
     def __getitem__(self, i):
         return self.values[int(self.positions[i])]
+
+
+@dataclass
+class Rows(Sequence):
+    """Rows of a table as dicts, held by column so that whole columns can be read at once.
+
+    Attributes:
+        columns: (n,) array for each name; of numbers, text or objects, NaN or None where a cell is missing.
+    """
+
+    columns: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+    def __getitem__(self, i):
+        if not -len(self) <= i < len(self):  # which ends a loop over the sequence
+            raise IndexError(i)
+        return {name: column[i] for name, column in self.columns.items()}
+
+    def select(self, index: np.ndarray) -> "Rows":
+        """The rows at these positions."""
+        return Rows({name: column[index] for name, column in self.columns.items()})
 
 
 def file_of(record: dict[str, Any]) -> Any:

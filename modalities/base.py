@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmssl.discovery import options_of
 from mmssl.samples import Samples
-from mmssl.tokens import Mask, Tokens
+from mmssl.tokens import Mask, Tokens, gather
 
 Batch = dict[str, Tensor]
 
@@ -33,7 +33,7 @@ class Modality(nn.Module):
     Class attributes:
         inputs: names of the tensors in a batch, the main one first; no two modalities share a main input.
         extensions: endings of the files that hold one sample each.
-        columns: names under which data sets usually keep the samples.
+        columns: names under which data sets usually keep the samples. Empty: a sample is a whole row of a table.
         mask_styles: what ``mask`` offers.
     """
 
@@ -74,6 +74,13 @@ class Modality(nn.Module):
         Folders with one sample in each file, tables and data sets on the Hub are read for all modalities alike.
         """
         return None
+
+    def fit(self, samples: Samples) -> None:
+        """Fill in, once before training, options left open that follow from the training samples alone.
+
+        What is found (columns, statistics) becomes options like others, so that the config stores it. Does nothing by
+        default, and nothing where the options are set.
+        """
 
     def prepare(self, sample: Any) -> dict[str, Tensor]:
         """Decode and normalise one raw sample.
@@ -138,6 +145,26 @@ class Modality(nn.Module):
         """(B, N) tokens with lower values are hidden first. The base class knows the style "random"."""
         return torch.rand(tokens.valid.shape, generator=generator, device=tokens.valid.device)
 
+    def region(
+        self, tokens: Tokens, share: float | Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> Tensor:
+        """One connected piece of each row, (B, N) bool: what is read or predicted together.
+
+        By default the tokens nearest to a random one; of n valid tokens ``round(n * share)``, at least one, as far as
+        there are allowed ones.
+
+        Args:
+            tokens: the tokens to choose from; only their places, validity and edges matter.
+            share: share of the valid tokens, a number or a scalar tensor.
+            generator: source of randomness, on the device of the tokens.
+            allowed: (B, N) bool, tokens that may be chosen. None: all valid ones.
+        """
+        allowed = tokens.valid if allowed is None else allowed & tokens.valid
+        noise = torch.rand(allowed.shape, generator=generator, device=allowed.device)
+        centre = noise.masked_fill(~allowed, -1.0).argmax(dim=1, keepdim=True)
+        distance = (tokens.coords - gather(tokens.coords, centre)).square().sum(dim=-1)
+        return nearest(distance, tokens.valid, share, allowed)
+
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """One stochastic view of each sample. Optional."""
         raise NotImplementedError(f"{self.name} offers no views")
@@ -155,7 +182,7 @@ class Modality(nn.Module):
         return tokens.content.detach()
 
     def content_of(self, prediction: Tensor, tokens: Tokens) -> Tensor:
-        """From a predicted target back to content, for pictures; ``tokens`` are the clean ones it belongs to."""
+        """From what the head predicts back to content, for pictures; ``tokens`` are the clean ones it belongs to."""
         return prediction
 
     def picture(self, tokens: Tokens) -> Tensor:
@@ -188,6 +215,40 @@ class Modality(nn.Module):
         counted = where.flatten(2).float()
         weight = counted.sum(dim=-1)
         return (error * counted).sum(dim=-1) / weight.clamp(min=1), weight
+
+
+def nearest(distance: Tensor, valid: Tensor, share: float | Tensor, allowed: Tensor) -> Tensor:
+    """(B, N) bool: of n valid tokens the ``round(n * share)`` allowed ones of least distance, at least one."""
+    count = (valid.sum(dim=1, keepdim=True) * share).round().clamp(min=1)
+    rank = distance.masked_fill(~allowed, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank < count) & allowed
+
+
+def rectangle(
+    tokens: Tokens,
+    share: float | Tensor,
+    ratio: tuple[float, float],
+    generator: torch.Generator,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """(B, N) bool: a rectangle on the last two axes of a grid of tokens, along the whole of the axes before them.
+
+    Height over width is drawn from ``ratio``, evenly on the logarithm's scale, once for the batch; a side that the grid
+    cuts off is made up for by the other one. The place is drawn for each row. Only ``allowed`` tokens count.
+    """
+    device, (low, high) = tokens.coords.device, (math.log(side) for side in ratio)
+    place = tokens.coords[..., -2:]
+    place = place - place.amin(dim=1, keepdim=True)
+    rows, columns = (place.flatten(0, 1).amax(dim=0) + 1).round().unbind()
+    aspect = torch.exp(low + (high - low) * torch.rand((), generator=generator, device=device))
+    area = share * rows * columns
+    height = (area * aspect).sqrt().clamp(max=rows)
+    width = (area / height.clamp(min=1)).round().clamp(min=1).minimum(columns)
+    height = (area / width).round().clamp(min=1).minimum(rows)
+    corner = torch.rand(len(place), 1, 2, generator=generator, device=device)
+    first = (corner * (torch.stack([rows - height, columns - width]) + 1)).floor()
+    inside = ((place >= first) & (place < first + torch.stack([height, width]))).all(dim=-1) & tokens.valid
+    return inside if allowed is None else inside & allowed
 
 
 def block_order(tokens: Tokens, longest: Sequence[int], generator: torch.Generator) -> Tensor:

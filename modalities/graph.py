@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.graph_files import EDGE_LISTS, pyg, read_collection, read_file
-from mmssl.modalities.base import Batch, Modality, View
+from mmssl.modalities.base import Batch, Modality, View, nearest
 from mmssl.positions import MLPPositions, NoPositions
 from mmssl.samples import Samples
 from mmssl.tokens import Tokens
+
+MOST_HOPS = 10  # what is farther away counts as unconnected
 
 
 class Graph(Modality):
@@ -252,6 +254,22 @@ class Graph(Modality):
             parameters["features_kept"] = draw >= self.mask_features
             x = x * parameters["features_kept"][:, None]
         return View({**batch, "node_features": x, "edge_index": edges}, parameters)
+
+    def region(
+        self, tokens: Tokens, share: float | Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> Tensor:
+        """The nodes that the fewest edges part from a random one; among those equally far away, random ones."""
+        allowed = tokens.valid if allowed is None else allowed & tokens.valid
+        noise = torch.rand(allowed.shape, generator=generator, device=allowed.device)
+        reached = torch.zeros_like(allowed)
+        reached[torch.arange(len(noise), device=noise.device), noise.masked_fill(~allowed, -1.0).argmax(dim=1)] = True
+        distance = (~reached).float()
+        source, target = (tokens.valid.new_zeros(2, 0).long() if tokens.edges is None else tokens.edges).unbind()
+        for _ in range(MOST_HOPS):
+            known = reached.flatten()
+            reached = known.index_fill(0, target[known[source]], True).view_as(reached)
+            distance = distance + (~reached).float()
+        return nearest(distance + noise, tokens.valid, share, allowed)
 
     def content_of(self, prediction: Tensor, tokens: Tokens) -> Tensor:
         """Only the direction is predicted; its length is that of the features."""

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order
+from mmssl.modalities.base import Batch, Modality, View, block_order, rectangle
 from mmssl.positions import SinCosPositions
 from mmssl.samples import file_of, number_array
 from mmssl.tokens import Tokens
@@ -43,6 +43,7 @@ class Image(Modality):
         swap_probability: share of images that get another image's patches in place of ``alteration`` (GMML: 0.5).
         swap_ratio: share of patches that are altered in those images (GMML: 0.3).
         max_block: longest side of a block of hidden or altered patches, as a share of the side of the grid.
+        region_ratio: least and greatest height over width of a region that is predicted at once (I-JEPA).
         crop_scale: least and greatest share of the area that a view keeps, resized to the size of the image.
         crop_ratio: least and greatest width over height of a view's crop.
         horizontal_flip: probability that a view is mirrored.
@@ -70,6 +71,7 @@ class Image(Modality):
         swap_probability: float = 0.0,
         swap_ratio: float = 0.3,
         max_block: float = 0.3,
+        region_ratio: tuple[float, float] = (0.75, 1.5),
         crop_scale: tuple[float, float] = (1.0, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         horizontal_flip: float = 0.0,
@@ -87,6 +89,7 @@ class Image(Modality):
         self.normalize_target, self.distance = normalize_target, distance
         self.alteration, self.alteration_ratio = alteration, pair(alteration_ratio)
         self.swap_probability, self.swap_ratio, self.max_block = swap_probability, swap_ratio, max_block
+        self.region_ratio = pair(region_ratio)
         self.crop_scale, self.crop_ratio = pair(crop_scale), pair(crop_ratio)
         self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
         self.gaussian_blur, self.rotation = gaussian_blur, rotation
@@ -237,6 +240,15 @@ class Image(Modality):
         rows, columns = self.grid(*self.image_size)
         longest = [max(1, int(self.max_block * rows)), max(1, int(self.max_block * columns))]
         return block_order(tokens, longest, generator)
+
+    def region(
+        self, tokens: Tokens, share: float | Tensor, generator: torch.Generator, allowed: Tensor | None = None
+    ) -> Tensor:
+        """A rectangle of patches of about this share, height over width from ``region_ratio`` (Assran et al., I-JEPA).
+
+        Its size is drawn once for the batch, its place for each sample.
+        """
+        return rectangle(tokens, share, self.region_ratio, generator, allowed)
 
     def alter(self, tokens: Tokens, generator: torch.Generator) -> tuple[Tokens, Tensor]:
         """Fill blocks of whole patches (Atito et al., GMML, 2022); returns which tokens (B, N) were altered."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mmssl.modalities.base import Modality
-from mmssl.samples import Samples, Selected
+from mmssl.samples import Rows, Samples, Selected
 
 
 @dataclass
@@ -19,14 +19,14 @@ class DataArguments:
     """Which samples to read.
 
     Attributes:
-        source: a folder of files (labels: names of its sub-folders), a parquet file or a pattern of several, a .npz
-            file (a table whose columns are its arrays), the name of a data set on the Hugging Face Hub, or one that the
-            packages bring: "digits" (images, scikit-learn), "espeak_digits" (synthetic speech, eSpeak NG), "shapes"
-            (point clouds, generated) or "digits_graph" (one graph, scikit-learn).
+        source: a folder of files (labels: names of its sub-folders), a .parquet or .csv file or a pattern of several, a
+            .npz file (a table whose columns are its arrays), the name of a data set on the Hugging Face Hub, or one
+            that the packages bring (`mmssl list` shows them).
         config_name: configuration of a data set on the Hub.
         split: split of a data set on the Hub or of one that the packages bring.
         column: column of a table that holds the samples. None: the first of the modality's usual names.
-        label_column: column of a table that holds the labels, for probes only. None: "label" or "labels", if any. Of a
+        label_column: column of a table that holds the labels, for probes only; no label is ever part of a sample. Text
+            and integers are classes, floats are quantities to be regressed. None: "label" or "labels", if any. Of a
             .npz file, rows with a negative label are left out if the column is named here: they are in no class.
         filter: keep only the rows of a table with "COLUMN=VALUE" or "COLUMN!=VALUE".
         max_samples: keep only the first so many. None: all.
@@ -66,22 +66,28 @@ def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
         if given := [name for name in unused if getattr(arguments, name) != getattr(DataArguments(), name)]:
             raise ValueError(f"data.{given[0]}: {source} is no table and has no such choice; leave it out")
         samples = own
-    elif path.is_dir() and not any(path.glob("*.parquet")):
-        samples = from_folder(path, modality)
-    elif path.is_dir():
+    elif path.is_dir() and any(path.glob("*.parquet")):
         samples = from_table(arguments, modality, "parquet", data_files=str(path / "*.parquet"))
-    elif path.suffix == ".parquet":
+    elif path.is_dir() and not modality.columns:
+        if not any(path.glob("*.csv")):
+            raise ValueError(f"data.source: found no table in {path}; expected .parquet or .csv files")
+        samples = from_table(arguments, modality, "csv", data_files=str(path / "*.csv"))
+    elif path.is_dir():
+        samples = from_folder(path, modality)
+    elif path.suffix in (".parquet", ".csv"):
         if not (any(path.parent.glob(path.name)) if "*" in path.name else path.is_file()):
-            raise ValueError(f"data.source: no file {source}; expected an existing parquet file or a pattern of some")
-        samples = from_table(arguments, modality, "parquet", data_files=str(path))
+            raise ValueError(f"data.source: no file {source}; expected an existing {path.suffix} file or a pattern")
+        samples = from_table(arguments, modality, path.suffix[1:], data_files=str(path))
     elif path.suffix == ".npz":
+        if not modality.columns:
+            raise ValueError(f"data.source: found {source}; expected a table of whole rows: .parquet or .csv")
         if not path.is_file():
             raise ValueError(f"data.source: no file {source}; expected an existing .npz file")
         samples = from_arrays(arguments, modality, path)
     elif path.is_file() or path.is_absolute() or source.startswith(("./", "../", "~")):
         found = "a file" if path.is_file() else "nothing"
         raise ValueError(
-            f"data.source: found {found} at {source}; expected a folder, a .parquet or .npz file or a Hub data set"
+            f"data.source: found {found} at {source}; expected a folder, a .parquet, .csv or .npz file, or a Hub name"
         )
     else:
         samples = from_table(arguments, modality, source, name=arguments.config_name)
@@ -114,16 +120,16 @@ def from_folder(folder: Path, modality: Modality) -> Samples:
 
 
 def from_table(arguments: DataArguments, modality: Modality, loader: str, **options) -> Samples:
-    """A column of parquet files or of a data set on the Hub, undecoded; decoding is the modality's."""
+    """A column of files or of a data set on the Hub, undecoded: decoding is the modality's; or its whole rows."""
     import datasets
 
-    split = "train" if loader == "parquet" else arguments.split
+    split = "train" if loader in ("parquet", "csv") else arguments.split
     try:
         table = datasets.load_dataset(loader, split=split, **options)
     except Exception as error:  # datasets raises many kinds; each becomes the one error that names the source
         raise ValueError(
             f"data.source: cannot load {arguments.source} ({type(error).__name__}: {error}); expected an intact "
-            "parquet file, a folder that exists here, or the name of a data set on the Hub"
+            "parquet or csv file, a folder that exists here, or the name of a data set on the Hub"
         ) from error
     for name, feature in table.features.items():
         if hasattr(feature, "decode") and isinstance(feature, datasets.Image | datasets.Audio):
@@ -132,20 +138,40 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
     if arguments.filter:
         rows = rows_where(arguments.filter, table.column_names, partial(texts_of, table))
         table = table.select(rows)
-    column = pick(table.column_names, arguments.column, modality.columns, "column")
+    whole_rows = not modality.columns
+    if whole_rows and arguments.column is not None:
+        raise ValueError(f"data.column: found {arguments.column}; a sample of {modality.name} is a whole row")
+    column = None if whole_rows else pick(table.column_names, arguments.column, modality.columns, "column")
     label_column = pick(table.column_names, arguments.label_column, ("label", "labels"), "label_column", optional=True)
     labels, classes = None, []
     if label_column is not None:
-        names = getattr(table.features[label_column], "names", None)
-        column_values = table[label_column][:]
-        # A missing label is a class of its own; -1 is how data sets mark one in a column of class labels.
-        values = sorted(set(column_values), key=lambda value: (value is None, value))
-        number = {value: position for position, value in enumerate(values)}
-        labels = np.array([number[value] for value in column_values])
-        classes = [names[value] if names and value is not None and value >= 0 else str(value) for value in values]
-    return Samples(
-        values=table[column], name=partial(row_name, str(arguments.source), rows), labels=labels, classes=classes
-    )
+        labels, classes = labels_of(table, label_column)
+    values: Any = table[column] if column is not None else None
+    if whole_rows:
+        frame = table.to_pandas()
+        values = Rows({name: frame[name].to_numpy() for name in table.column_names if name != label_column})
+    return Samples(values=values, name=partial(row_name, str(arguments.source), rows), labels=labels, classes=classes)
+
+
+def labels_of(table, column: str) -> tuple[np.ndarray, list[str]]:
+    """The labels of all rows, and the names of their classes; floats are quantities, and have none.
+
+    Raises:
+        ValueError: a quantity is missing.
+    """
+    values = table[column][:]
+    if "float" in str(getattr(table.features[column], "dtype", "")):
+        quantities = np.array(values, dtype=np.float64)
+        if not np.isfinite(quantities).all():
+            row = int(np.flatnonzero(~np.isfinite(quantities))[0])
+            raise ValueError(f"data.label_column: row {row} of {column} is {values[row]}; expected a number")
+        return quantities, []
+    names = getattr(table.features[column], "names", None)
+    # A missing label is a class of its own; -1 is how data sets mark one in a column of class labels.
+    found = sorted(set(values), key=lambda value: (value is None, value))
+    number = {value: position for position, value in enumerate(found)}
+    classes = [names[value] if names and value is not None and value >= 0 else str(value) for value in found]
+    return np.array([number[value] for value in values]), classes
 
 
 def row_name(source: str, rows: np.ndarray, i: int) -> str:

@@ -31,14 +31,14 @@ def draw_reconstructions(objective: MaskedReconstruction, batch: Batch, path: st
         restored = torch.where(where, modality.content_of(out.prediction, clean), clean.content)
     else:
         rows = torch.arange(len(clean.content), device=out.index.device)[:, None]
-        # The shape of what is predicted may differ from that of the content.
-        prediction, seen = modality.target(clean).clone(), clean.content.clone()
-        prediction[rows, out.index] = out.prediction.to(prediction.dtype)
+        predicted = modality.content_of(out.prediction, clean.select(out.index, out.where))
+        restored = clean.content.clone()
+        restored[rows, out.index] = predicted.to(restored.dtype)
         hidden = torch.zeros_like(clean.valid)
         hidden[rows, out.index] = out.where
-        hidden = hidden.reshape(hidden.shape + (1,) * (seen.dim() - hidden.dim()))
-        seen = seen.masked_fill(hidden, torch.nan)
-        restored = torch.where(hidden, modality.content_of(prediction, clean), clean.content)
+        hidden = hidden.reshape(hidden.shape + (1,) * (restored.dim() - hidden.dim()))
+        seen = clean.content.masked_fill(hidden, torch.nan)
+        restored = torch.where(hidden, restored, clean.content)
     columns = {"original": clean.content, "seen": seen, "reconstructed": restored}
 
     count = len(clean.content)

@@ -67,6 +67,7 @@ def open_stream(source: Source, train: TrainArguments, accelerator: Accelerator)
     """
     # The given modality has no parameters and stays on the data side; the model makes its own.
     samples = load_samples(source.data, source.modality)
+    source.modality.fit(samples)
     dataset = PreparedSamples(samples, source.modality, source.data.on_error, train.seed, source.data.repeat)
     batch_size = source.per_device_train_batch_size or train.per_device_train_batch_size
     if len(dataset) < (needed := batch_size * accelerator.num_processes):
