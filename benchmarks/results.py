@@ -18,10 +18,10 @@ ROWS = {"raw": "raw features", "untrained": "untrained encoder", "pretrained": "
 HEADER = """# Results
 
 Made by `python benchmarks/results.py` from `results.jsonl`, each line of which was appended by the script that
-measured it. Accuracies on test data: mean ± standard deviation over seeds, of start values, data order, masks and
-views. Raw features have no seed. What a probe chooses (neighbours, distance, penalty, epoch) it chooses on published
-validation data, or else on a part of its training data: [evaluation](evaluation.md). Of lines that differ only in when
-they were measured, the last one counts.
+measured it. Accuracies on test data, or R² where labels are quantities: mean ± standard deviation over seeds, of start
+values, data order, masks and views. Raw features have no seed. What a probe chooses (neighbours, distance, penalty,
+epoch) it chooses on published validation data, or else on a part of its training data: [evaluation](evaluation.md). Of
+lines that differ only in when they were measured, the last one counts.
 """
 
 
@@ -51,7 +51,7 @@ def append(
                 "recipe": recipe,
                 "protocol": score.protocol + ("" if pooling == "mean" else f", {pooling} pooling"),
                 "row": score.row,
-                "metric": "accuracy",
+                "metric": score.metric,
                 "mean": round(float(np.mean(score.values)), 4),
                 "std": round(float(np.std(score.values, ddof=1)), 4) if len(score.values) > 1 else None,
                 "seeds": len(score.values),
@@ -84,6 +84,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         protocols = list(dict.fromkeys(protocol for protocol, _ in cells))
         any_line = next(line for (_, row), line in cells.items() if row == "pretrained")
         parts.append(f"## {modality}: {data}, recipe `{recipe}`\n")
+        metric = "" if any_line["metric"] == "accuracy" else f"{any_line['metric']}; "
         sizes: dict[tuple[int, int], list[str]] = {}
         for (protocol, row), line in cells.items():
             if row == "pretrained":
@@ -95,7 +96,7 @@ def render(lines: list[dict[str, Any]]) -> str:
         )
         parts.append(
             f"{any_line['objective']}, {any_line['steps']:,} steps, {any_line['minutes']} minutes a seed on "
-            f"{any_line['device']}; {any_line['seeds']} seeds; {probes}; commit {any_line['commit']}.\n"
+            f"{any_line['device']}; {any_line['seeds']} seeds; {metric}{probes}; commit {any_line['commit']}.\n"
         )
         parts.append("| features | " + " | ".join(protocols) + " |\n|---|" + "---|" * len(protocols))
         others = {row: row for _, row in cells if row not in ROWS}  # further baselines, by their own names

@@ -29,9 +29,9 @@ class Tokens:
     sample: Tensor | None = None
 
     def select(self, index: Tensor, valid: Tensor) -> "Tokens":
-        """The tokens at ``index``, (B, K) long, no token twice in a row; edges to other tokens are dropped.
+        """The tokens at ``index``, (B, K) long; edges to other tokens are dropped.
 
-        ``valid`` (B, K) says which of them count, as the flags of a ``Mask`` do.
+        ``valid`` (B, K) says which of them count, as the flags of a ``Mask`` do: of these none comes twice in a row.
         """
         edges, valid = self.edges, valid & gather(self.valid, index)
         if edges is not None:
@@ -39,10 +39,9 @@ class Tokens:
             kept = index.shape[1]
             rows = torch.arange(batch, device=index.device)[:, None]
             new_index = torch.full((batch * length,), -1, device=index.device)
-            new_index[(index + rows * length).flatten()] = torch.arange(batch * kept, device=index.device)
+            new_index[(index + rows * length)[valid]] = torch.arange(batch * kept, device=index.device)[valid.flatten()]
             edges = new_index[edges]
             edges = edges[:, (edges >= 0).all(dim=0)]
-            edges = edges[:, valid.flatten()[edges].all(dim=0)]
         return replace(
             self,
             content=gather(self.content, index),
@@ -108,13 +107,14 @@ class Mask:
     def from_hidden(cls, hidden: Tensor, valid: Tensor) -> "Mask":
         """Build the indices from booleans: ``hidden`` and ``valid`` are (B, N)."""
         hidden = hidden & valid
+        return cls(hidden, *indices_of(valid & ~hidden), *indices_of(hidden))
 
-        def indices(members: Tensor) -> tuple[Tensor, Tensor]:
-            longest = int(members.sum(dim=1).max())
-            index = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-            return index, members.gather(1, index)
 
-        return cls(hidden, *indices(valid & ~hidden), *indices(hidden))
+def indices_of(members: Tensor) -> tuple[Tensor, Tensor]:
+    """Where (B, N) booleans are True: indices (B, K) in order of position, and validity, False where it is filling."""
+    longest = int(members.sum(dim=1).max())
+    index = members.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return index, members.gather(1, index)
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Objective: a self-supervised loss that knows tokens and the encoder, and never asks which modality they came from."""
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,11 @@ class Objective(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called once after each optimiser step, with the share of training that is done; moves teachers on."""
 
+    @property
+    def trained(self) -> MMSSLModel:
+        """The model that a finished run saves: the student, unless the paper evaluates the teacher."""
+        return self.model
+
     def require(self, method: str, why: str, instead: str) -> None:
         """Refuse, when the objective is built, a modality that does not offer an optional method."""
         for modality in self.model.adapters.values():
@@ -59,6 +65,15 @@ class Objective(nn.Module):
                     child.apply(lambda module: init_weights(module, config))
 
 
+def smaller_config(config: EncoderConfig, width: int, layers: int, heads: int, drop_path_rate: float) -> EncoderConfig:
+    """The shape of a decoder or predictor: blocks of the encoder's kind at a size of their own, no prefix tokens."""
+    config = copy.deepcopy(config)
+    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = width, layers, heads
+    config.intermediate_size, config.drop_path_rate, config.final_norm = None, drop_path_rate, True
+    config.class_token, config.num_register_tokens = False, 0
+    return config
+
+
 def global_mean(loss: Tensor, weight: Tensor) -> Tensor:
     """Weighted mean of ``loss`` over the batches of all processes: what DDP's mean over ranks turns into that mean.
 
@@ -71,4 +86,4 @@ def global_mean(loss: Tensor, weight: Tensor) -> Tensor:
     return (loss * weight).sum() / total.clamp(min=1e-12)
 
 
-__all__ = ["Batch", "Modality", "Objective", "ObjectiveOutput", "global_mean"]
+__all__ = ["Batch", "Modality", "Objective", "ObjectiveOutput", "global_mean", "smaller_config"]

@@ -16,7 +16,6 @@ Hide or alter part of the tokens, encode what is left, and predict the clean con
   place, as the modality does it. ``corruption="alter"``, ``decoder_layers=0``, ``head_layers=3`` and ``1``.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from mmssl.encoder import Encoder
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
-from mmssl.objectives.base import Objective, ObjectiveOutput, global_mean
+from mmssl.objectives.base import Objective, ObjectiveOutput, global_mean, smaller_config
 from mmssl.tokens import Mask, Tokens, gather
 
 
@@ -146,8 +145,7 @@ class MaskedReconstruction(Objective):
         self.head_layers, self.head_norm = head_layers, head_norm
         self.average_layers = tuple(average_layers)
 
-        config = copy.deepcopy(model.config)
-        width = config.hidden_size
+        width = model.config.hidden_size
         if corruption == "replace" and mask_token_space == "embedding":
             self.mask_token = nn.Parameter(torch.zeros(width))
         elif corruption == "replace":
@@ -156,11 +154,8 @@ class MaskedReconstruction(Objective):
             )
         if decoder_layers:
             self.decoder_input = nn.Linear(width, decoder_hidden_size)
-            config.hidden_size, config.num_hidden_layers = decoder_hidden_size, decoder_layers
-            config.num_attention_heads, config.intermediate_size = decoder_attention_heads, None
-            config.class_token, config.num_register_tokens = False, 0
-            config.drop_path_rate, config.final_norm = decoder_drop_path_rate, True
-            self.decoder = Encoder(config)
+            shape = decoder_hidden_size, decoder_layers, decoder_attention_heads
+            self.decoder = Encoder(smaller_config(model.config, *shape, decoder_drop_path_rate))
             if corruption == "drop" or remask:
                 self.decoder_mask_token = nn.Parameter(torch.zeros(decoder_hidden_size))
             self.decoder_positions = nn.ModuleDict(
@@ -171,7 +166,7 @@ class MaskedReconstruction(Objective):
         for _ in range(head_layers):
             layers += [nn.Linear(width, width), nn.GELU()]
         if head_norm:
-            layers.append(nn.LayerNorm(width, eps=config.layer_norm_eps))
+            layers.append(nn.LayerNorm(width, eps=model.config.layer_norm_eps))
         self.head = nn.Sequential(*layers)
         self.reconstruction_heads = nn.ModuleDict(
             {name: modality.reconstruction_head(width) for name, modality in model.adapters.items()}

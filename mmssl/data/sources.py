@@ -76,7 +76,9 @@ def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
         samples = from_folder(path, modality)
     elif path.suffix in (".parquet", ".csv"):
         if not (any(path.parent.glob(path.name)) if "*" in path.name else path.is_file()):
-            raise ValueError(f"data.source: no file {source}; expected an existing {path.suffix} file or a pattern")
+            raise ValueError(
+                f"data.source: no file {source}; expected an existing {path.suffix[1:]} file or a pattern of some"
+            )
         samples = from_table(arguments, modality, path.suffix[1:], data_files=str(path))
     elif path.suffix == ".npz":
         if not modality.columns:
@@ -143,7 +145,7 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
         raise ValueError(f"data.column: found {arguments.column}; a sample of {modality.name} is a whole row")
     column = None if whole_rows else pick(table.column_names, arguments.column, modality.columns, "column")
     label_column = pick(table.column_names, arguments.label_column, ("label", "labels"), "label_column", optional=True)
-    labels, classes = None, []
+    labels, classes = None, list[str]()
     if label_column is not None:
         labels, classes = labels_of(table, label_column)
     values: Any = table[column] if column is not None else None

@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from mmssl.data import DataArguments
 from mmssl.evaluation.features import Pooling, features_of
-from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS
+from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS, quantities
 from mmssl.evaluation.splits import check_labels, labelled_pair, positions
 from mmssl.modeling import MMSSLModel
 
@@ -26,9 +26,10 @@ class Score:
     Attributes:
         protocol: name of the protocol.
         row: "raw" features, "untrained" encoder or "pretrained" encoder.
-        values: one accuracy for each seed; a single one for raw features, which have none.
+        values: one for each seed; a single one for raw features, which have none.
         n_train: labelled samples, or tokens, that the probe was fitted on, with what it held out of them to choose on.
         n_test: samples, or tokens, that it was tested on. In cross-validation all of them, each once.
+        metric: what the values are: "accuracy" or, where labels are quantities, "R²".
     """
 
     protocol: str
@@ -36,6 +37,7 @@ class Score:
     values: list[float]
     n_train: int
     n_test: int
+    metric: str = "accuracy"
 
 
 def evaluate(
@@ -55,7 +57,8 @@ def evaluate(
             with the packages, and of others a stratified fifth of the labels that is held out.
         protocols: names of ``PROTOCOLS``.
         modality: which modality of a model that has several.
-        pooling: from tokens to samples: "mean", "max", "sum" or "mean_max". Raw features are the modality's own.
+        pooling: from tokens to samples: "mean", "max", "sum", "mean_max", or "flatten", all tokens side by side. Raw
+            features are the modality's own.
 
     Raises:
         ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, or a pooling
@@ -96,7 +99,7 @@ def evaluate(
     if test_samples is not train_samples:
         test_found = features_of(test_samples, adapter, (*untrained, *models), pooling, device)
     scores = {
-        (row, protocol): Score(protocol, row, [], *sizes[protocol])
+        (row, protocol): Score(protocol, row, [], *sizes[protocol], "R²" if quantities(labels) else "accuracy")
         for row in dict.fromkeys(rows)
         for protocol in protocols
     }
@@ -108,7 +111,8 @@ def evaluate(
                 score = PROTOCOLS[protocol](*given)
             except ValueError as error:
                 fewest = np.unique(labels[fit], return_counts=True)[1].min()
-                raise ValueError(f"protocol {protocol}: {error} (the rarest class has {fewest} labels)") from error
+                about = "" if quantities(labels) else f" (the rarest class has {fewest} labels)"
+                raise ValueError(f"protocol {protocol}: {error}{about}") from error
             scores[row, protocol].values.append(score)
     return list(scores.values())
 
@@ -137,7 +141,7 @@ def fresh(model: MMSSLModel, seed: int) -> MMSSLModel:
 
 
 def print_scores(scores: Sequence[Score], title: str) -> None:
-    """A table with a line for each row and a column for each protocol: accuracy, with its spread over seeds."""
+    """A table with a line for each row and a column for each protocol: the score, with its spread over seeds."""
     protocols = list(dict.fromkeys(score.protocol for score in scores))
     labels = {"raw": "raw features", "untrained": "untrained encoder", "pretrained": "pretrained encoder"}
     sizes: dict[tuple[int, int], list[str]] = {}
@@ -145,7 +149,8 @@ def print_scores(scores: Sequence[Score], title: str) -> None:
         if score.protocol not in (same := sizes.setdefault((score.n_test, score.n_train), [])):
             same.append(score.protocol)
     lines = [
-        f"{', '.join(names)}: " * (len(sizes) > 1) + f"accuracy on {n_test:,} labels, probes fitted on {n_train:,}"
+        f"{', '.join(names)}: " * (len(sizes) > 1)
+        + f"{scores[0].metric} on {n_test:,} labels, probes fitted on {n_train:,}"
         for (n_test, n_train), names in sizes.items()
     ]
     table = Table(title="\n".join([title, *lines]), min_width=60)

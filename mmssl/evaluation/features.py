@@ -13,7 +13,7 @@ from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
 
 Extractor = Callable[[Batch], Tensor]
-Pooling = Literal["mean", "max", "sum", "mean_max"]
+Pooling = Literal["mean", "max", "sum", "mean_max", "flatten"]
 
 
 def features_of(
@@ -48,15 +48,19 @@ def extract(dataset: PreparedSamples, extractors: Sequence[Extractor], device: t
         inputs = {name: value.to(device) for name, value in batch["inputs"].items()}
         for collected, extractor in zip(rows, extractors, strict=True):
             collected.append(extractor(inputs).float().cpu())
+    if len({row.shape[1:] for row in rows[-1]}) > 1:
+        raise ValueError("pooling: found flatten, and samples of different lengths; use mean, max or mean_max")
     return [torch.cat(collected).numpy() for collected in rows]
 
 
 def pooled(model: MMSSLModel, pooling: Pooling = "mean") -> Extractor:
-    """The encoder's output over the valid tokens of each sample, (B, D) or (B, 2 D), with dropout off.
+    """The encoder's output over the tokens of each sample, with dropout off; padding never counts.
 
     Args:
         model: the encoder.
-        pooling: "mean" is the model's ``pooler_output``; "mean_max" puts mean and max side by side.
+        pooling: "mean", the model's ``pooler_output``, "max" or "sum", (B, D); "mean_max", both side by side, (B, 2 D);
+            or "flatten", all of a sample's tokens side by side, (B, N D), class and register tokens too, which the
+            others leave out.
     """
     model.eval()
     prefix = model.encoder.num_prefix_tokens
@@ -65,12 +69,15 @@ def pooled(model: MMSSLModel, pooling: Pooling = "mean") -> Extractor:
         out = model(**batch)
         if pooling == "mean":
             return out.pooler_output
-        hidden, valid = out.last_hidden_state[:, prefix:].float(), out.token_mask[:, prefix:, None]
-        if len(hidden) != len(out.pooler_output):
-            raise ValueError(
-                f"pooling: found {pooling}, and {len(hidden)} rows of tokens for {len(out.pooler_output)} samples; "
-                "only mean brings several rows of a sample together"
-            )
+        first = 0 if pooling == "flatten" else prefix
+        samples, width = len(out.pooler_output), out.last_hidden_state.shape[-1]
+        # The rows of a sample that has several follow one another.
+        hidden = out.last_hidden_state[:, first:].float().reshape(samples, -1, width)
+        valid = out.token_mask[:, first:].reshape(samples, -1, 1)
+        if pooling == "flatten":
+            if not valid.all():
+                raise ValueError("pooling: found flatten, and samples of different lengths; use mean, max or mean_max")
+            return hidden.flatten(1)
         if pooling == "sum":
             return (hidden * valid).sum(dim=1)
         largest = hidden.masked_fill(~valid, -torch.inf).amax(dim=1)

@@ -1,8 +1,8 @@
 """Probes of frozen features. Whatever is chosen is chosen without the labels that are tested on.
 
-Each takes features (n, F) and labels (n,) to fit on and to test on, and returns an accuracy between 0 and 1. Where the
-data have a published validation set, a pair of features and labels, choices are made on it; else on a part of the
-training data.
+Each takes features (n, F) and labels (n,) to fit on and to test on, and returns the accuracy, between 0 and 1, or where
+labels are quantities (floats), the coefficient of determination R², at most 1. Where the data have a published
+validation set, a pair of features and labels, choices are made on it; else on a part of the training data.
 """
 
 import warnings
@@ -11,12 +11,22 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, clone
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics.pairwise import euclidean_distances
-from sklearn.model_selection import GridSearchCV, PredefinedSplit, StratifiedKFold, StratifiedShuffleSplit
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import (
+    GridSearchCV,
+    KFold,
+    PredefinedSplit,
+    ShuffleSplit,
+    StratifiedKFold,
+    StratifiedShuffleSplit,
+)
+from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.neural_network import MLPClassifier, MLPRegressor
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import StandardScaler, normalize
 from sklearn.svm import SVC
 from sklearn.utils import assert_all_finite
@@ -28,6 +38,16 @@ Labelled = tuple[np.ndarray, np.ndarray]
 SHOTS, DRAWS = 10, 5
 FOLDS, STRENGTHS = 10, (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 STARTS, EPOCHS = 20, 300
+
+
+def quantities(labels: np.ndarray) -> bool:
+    """Whether labels are quantities to be regressed, not classes."""
+    return labels.dtype.kind == "f"
+
+
+def needs_classes(labels: np.ndarray) -> None:
+    if quantities(labels):
+        raise ValueError("found quantities as labels; this protocol needs classes: use linear, knn, mlp or boosting")
 
 
 def fit_best(
@@ -42,14 +62,16 @@ def fit_best(
 
     The chosen one is then fitted on all training data.
     """
-    split = StratifiedShuffleSplit(1, test_size=0.2, random_state=0) if folds is None else folds
+    if folds is None:
+        kind = ShuffleSplit if quantities(labels) else StratifiedShuffleSplit
+        folds = kind(1, test_size=0.2, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # an unconverged candidate is a candidate like others
         if validation is None:
-            return GridSearchCV(estimator, grid, cv=split).fit(features, labels)
+            return GridSearchCV(estimator, grid, cv=folds).fit(features, labels)
         both, both_labels = (np.concatenate(pair) for pair in zip((features, labels), validation, strict=True))
-        split = PredefinedSplit(np.repeat([-1, 0], [len(labels), len(validation[1])]))
-        search = GridSearchCV(estimator, grid, cv=split, refit=False).fit(both, both_labels)
+        folds = PredefinedSplit(np.repeat([-1, 0], [len(labels), len(validation[1])]))
+        search = GridSearchCV(estimator, grid, cv=folds, refit=False).fit(both, both_labels)
         return clone(estimator).set_params(**search.best_params_).fit(features, labels)
 
 
@@ -60,14 +82,25 @@ def knn(
     test_labels: np.ndarray,
     validation: Labelled | None = None,
 ) -> float:
-    """Nearest neighbours: standardised features, cosine or Euclidean distance, 1 to 50 neighbours."""
-    pipeline = make_pipeline(StandardScaler(), KNeighborsClassifier())
+    """Nearest neighbours: standardised features or not, cosine or Euclidean distance, 1 to 50 neighbours."""
+    neighbors = KNeighborsRegressor() if quantities(train_labels) else KNeighborsClassifier()
+    pipeline = Pipeline([("scale", StandardScaler()), ("probe", neighbors)])
     grid = {
-        "kneighborsclassifier__n_neighbors": [k for k in (1, 5, 10, 20, 50) if k < 0.8 * len(train)],
-        "kneighborsclassifier__metric": ["cosine", "euclidean"],
-        "standardscaler": [StandardScaler(), "passthrough"],
+        "probe__n_neighbors": [k for k in (1, 5, 10, 20, 50) if k < 0.8 * len(train)],
+        "probe__metric": ["cosine", "euclidean"],
+        "scale": [StandardScaler(), "passthrough"],
     }
     return float(fit_best(pipeline, grid, train, train_labels, validation=validation).score(test, test_labels))
+
+
+def linear_probe(labels: np.ndarray) -> tuple[Pipeline, dict]:
+    """Logistic or ridge regression on standardised features, and the strengths of its penalty to choose from."""
+    if quantities(labels):
+        return Pipeline([("scale", StandardScaler()), ("probe", Ridge())]), {
+            "probe__alpha": [1.0, 10.0, 100.0, 1e3, 1e4]
+        }
+    logistic = LogisticRegression(max_iter=1000)
+    return Pipeline([("scale", StandardScaler()), ("probe", logistic)]), {"probe__C": [1e-3, 1e-2, 1e-1, 1.0]}
 
 
 def linear(
@@ -77,10 +110,9 @@ def linear(
     test_labels: np.ndarray,
     validation: Labelled | None = None,
 ) -> float:
-    """Logistic regression on standardised features; the strength of its penalty is chosen."""
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    grid = {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0]}
-    return float(fit_best(pipeline, grid, train, train_labels, validation=validation).score(test, test_labels))
+    """Logistic or ridge regression on standardised features; the strength of its penalty is chosen."""
+    best = fit_best(*linear_probe(train_labels), train, train_labels, validation=validation)
+    return float(best.score(test, test_labels))
 
 
 def few_shot(
@@ -90,21 +122,57 @@ def few_shot(
     test_labels: np.ndarray,
     validation: Labelled | None = None,
 ) -> float:
-    """The linear probe with ten labels a class: mean over five draws of the labels, the same ones for every encoder.
+    """The linear probe with ten labels a class, or a hundred quantities: mean over five draws, the same for every row.
 
     The penalty is chosen by cross-validation of the drawn labels alone: a validation set would be more shots.
     """
     scores = []
     for draw in range(DRAWS):
         order = np.random.default_rng(draw).permutation(len(train))
-        index = np.concatenate([order[train_labels[order] == label][:SHOTS] for label in np.unique(train_labels)])
-        pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-        grid = {"logisticregression__C": [1e-3, 1e-2, 1e-1, 1.0]}
-        best = fit_best(
-            pipeline, grid, train[index], train_labels[index], StratifiedKFold(5, shuffle=True, random_state=0)
-        )
+        if quantities(train_labels):
+            index, folds = order[: 10 * SHOTS], KFold(5, shuffle=True, random_state=0)
+        else:
+            index = np.concatenate([order[train_labels[order] == label][:SHOTS] for label in np.unique(train_labels)])
+            folds = StratifiedKFold(5, shuffle=True, random_state=0)
+        best = fit_best(*linear_probe(train_labels), train[index], train_labels[index], folds)
         scores.append(best.score(test, test_labels))
     return float(np.mean(scores))
+
+
+def mlp(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    validation: Labelled | None = None,
+) -> float:
+    """A network of one hidden layer of 256 on standardised features, stopped early on a tenth of its training data.
+
+    Its weight decay is chosen; quantities are standardised as the features are.
+    """
+    options = {"hidden_layer_sizes": (256,), "early_stopping": True, "random_state": 0}
+    network: BaseEstimator = MLPClassifier(**options)
+    name = "probe__alpha"
+    if quantities(train_labels):
+        network = TransformedTargetRegressor(MLPRegressor(**options), transformer=StandardScaler())
+        name = "probe__regressor__alpha"
+    pipeline = Pipeline([("scale", StandardScaler()), ("probe", network)])
+    best = fit_best(pipeline, {name: [1e-4, 1e-2, 1.0]}, train, train_labels, validation=validation)
+    return float(best.score(test, test_labels))
+
+
+def boosting(
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    validation: Labelled | None = None,
+) -> float:
+    """Gradient boosting of trees by histograms, stopped early on a tenth of its training data: for raw columns."""
+    kind = HistGradientBoostingRegressor if quantities(train_labels) else HistGradientBoostingClassifier
+    trees = kind(max_iter=500, early_stopping=True, random_state=0)
+    grid = {"learning_rate": [0.05, 0.1], "max_leaf_nodes": [15, 31]}
+    return float(fit_best(trees, grid, train, train_labels, validation=validation).score(test, test_labels))
 
 
 def svm(
@@ -139,12 +207,13 @@ def svm_standardized(
 def cross_validated_svm(parts: Sequence[Labelled], standardize: bool = False) -> float:
     """Mean accuracy of ten folds of all parts together."""
     features, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    needs_classes(labels)
     features = features.astype(np.float64)
 
     def accuracies(fit: np.ndarray, held_out: np.ndarray, strengths: Sequence[float]) -> list[float]:
         gamma = 1 / (features.shape[1] * (scaled[fit].var() or 1.0))
         kernel, other = (np.exp(-gamma * distances[np.ix_(rows, fit)]) for rows in (fit, held_out))
-        machines = [SVC(C=strength, kernel="precomputed", random_state=42) for strength in strengths]
+        machines = [SVC(C=strength, kernel="precomputed") for strength in strengths]
         return [machine.fit(kernel, labels[fit]).score(other, labels[held_out]) for machine in machines]
 
     scores: list[float] = []
@@ -172,6 +241,7 @@ def planetoid(
     rate 0.01, weight decay 1e-4, 300 epochs of all training data at once; of epochs that are equally good, the last.
     Without validation data a stratified fifth of the training data is held out, and not fitted on.
     """
+    needs_classes(train_labels)
     if validation is None:
         ((inner, outer),) = StratifiedShuffleSplit(1, test_size=0.2, random_state=0).split(train, train_labels)
         validation = train[outer], train_labels[outer]
@@ -236,6 +306,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "knn": knn,
     "linear": linear,
     "few_shot": few_shot,
+    "mlp": mlp,
+    "boosting": boosting,
     "svm": svm,
     "svm_standardized": svm_standardized,
     "planetoid": planetoid,

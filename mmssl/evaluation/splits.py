@@ -7,6 +7,7 @@ from sklearn.model_selection import train_test_split
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
 from mmssl.data.sources import BUILTIN
+from mmssl.evaluation.protocols import quantities
 from mmssl.modalities.base import Modality
 
 SPLITS = ("train", "validation", "test")
@@ -19,7 +20,7 @@ def labelled_pair(data: DataArguments, test: DataArguments | None, modality: Mod
     ``token_splits`` say which token is for what: the published split, or a stratified fifth held out for the test.
 
     Raises:
-        ValueError: no labels, one class only, or classes in the test data that the training data lack.
+        ValueError: no labels, all the same, or classes in the test data that the training data lack.
     """
     train_samples = readable(load_samples(data, modality), data, modality)
     labels = check_labels(train_samples, "data")
@@ -30,8 +31,9 @@ def labelled_pair(data: DataArguments, test: DataArguments | None, modality: Mod
     elif data.source in BUILTIN and data.split == "train":
         test_samples = load_samples(replace(data, split="test"), modality)
     else:
-        known = np.flatnonzero(labels >= 0)
-        fit, held_out = train_test_split(known, test_size=0.2, random_state=0, stratify=labels[known])
+        known = np.arange(len(labels)) if quantities(labels) else np.flatnonzero(labels >= 0)
+        classes = None if quantities(labels) else labels[known]
+        fit, held_out = train_test_split(known, test_size=0.2, random_state=0, stratify=classes)
         if train_samples.token_labels is None:
             train_samples, test_samples = train_samples.select(fit), train_samples.select(held_out)
         else:
@@ -47,6 +49,10 @@ def numbered_like(train_samples: Samples, test_samples: Samples) -> Samples:
     labels, test_labels = check_labels(train_samples, "data"), check_labels(test_samples, "test")
     if (train_samples.token_labels is None) != (test_samples.token_labels is None):
         raise ValueError("test: either these or the training data have labels of tokens; expected both or neither")
+    if quantities(labels) != quantities(test_labels):
+        raise ValueError("test: either these or the training data have quantities as labels; expected both or neither")
+    if quantities(labels):
+        return test_samples
     fit, held_out = positions(train_samples, "train"), positions(test_samples, "test")
     for name, split, found in (("data", "train", fit), ("test", "test", held_out)):
         if not len(found):
@@ -88,10 +94,14 @@ def check_labels(samples: Samples, name: str) -> np.ndarray:
         ValueError: there are none, they are of one class, or splits of tokens do not fit their labels.
     """
     labels = samples.labels if samples.token_labels is None else np.concatenate(samples.token_labels)
-    if labels is None or (labels < 0).all():
+    if labels is None or (not quantities(labels) and (labels < 0).all()):
         raise ValueError(
             f"{name}: found no labels; expected a folder with a sub-folder for each class, or a label_column"
         )
+    if quantities(labels):
+        if len(np.unique(labels)) < 2:
+            raise ValueError(f"{name}: all labels are {labels[0]}; a probe needs at least two different ones")
+        return labels
     if len(np.unique(labels[labels >= 0])) < 2:
         raise ValueError(f"{name}: found one class only; a probe needs at least two")
     if samples.token_labels is not None and samples.token_splits is not None:

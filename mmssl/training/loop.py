@@ -156,8 +156,8 @@ def pretrain(
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        trained = accelerator.unwrap_model(module, keep_torch_compile=False)
-        trained.model.save_pretrained(output_dir)
+        done = accelerator.unwrap_model(module, keep_torch_compile=False)
+        done.trained.save_pretrained(output_dir)
         MMSSLProcessor(MMSSLFeatureExtractor(config.modalities)).save_pretrained(output_dir)
         record |= {
             "steps": total_steps,
@@ -165,7 +165,7 @@ def pretrain(
             "device": device_name(accelerator.device),
         }
         (output_dir / RECORD).write_text(json.dumps(record, indent=2))
-        save_heads(trained, output_dir)
+        save_heads(done, output_dir)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir

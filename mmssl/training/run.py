@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from mmssl.discovery import find_all
 from mmssl.modeling import MMSSLModel
@@ -14,12 +13,17 @@ from mmssl.training.checkpoint import RECORD
 HEADS = "objective.safetensors"
 
 
-def save_heads(objective: nn.Module, output_dir: Path) -> None:
-    """The objective's own weights, beside the model's: its decoder, heads, teacher."""
-    state = {
-        name: value.contiguous() for name, value in objective.state_dict().items() if not name.startswith("model.")
-    }
+def save_heads(objective: Objective, output_dir: Path) -> None:
+    """The objective's own weights, all but those of the saved model: its decoder, heads, teacher or student."""
+    saved = name_of_trained(objective)
+    state = {name: value.contiguous() for name, value in objective.state_dict().items() if not name.startswith(saved)}
     save_file(state, output_dir / HEADS)
+
+
+def name_of_trained(objective: Objective) -> str:
+    """How the names of the weights begin that belong to the model that a run saves."""
+    (name,) = (name for name, module in objective.named_modules() if module is objective.trained)
+    return f"{name}."
 
 
 def load_objective(run: str | Path) -> Objective:
@@ -35,6 +39,7 @@ def load_objective(run: str | Path) -> Objective:
     objective = find_all("objectives", Objective)[name](MMSSLModel.from_pretrained(run), **options)
     state = load_file(run / HEADS)
     missing, unexpected = objective.load_state_dict(state, strict=False)
-    if unexpected or any(not key.startswith("model.") for key in missing):
+    # Both the model and a teacher begin as copies of what the run has saved.
+    if unexpected or any(not key.startswith(name_of_trained(objective)) for key in missing):
         raise ValueError(f"{run / HEADS} does not fit {RECORD}: missing {missing}, unexpected {unexpected}")
     return objective.eval()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import binom
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold, StratifiedShuffleSplit
+from sklearn.model_selection import GridSearchCV, ShuffleSplit, StratifiedKFold, StratifiedShuffleSplit
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
@@ -24,9 +24,7 @@ from mmssl.evaluation.protocols import (
     planetoid_normalized,
 )
 
-FITTED = [
-    name for name in PROTOCOLS if not name.startswith("svm")
-]  # on training data; svm goes through all in ten folds
+FITTED = [name for name in PROTOCOLS if not name.startswith("svm")]  # on training data; svm goes through all
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 CLASSES = 4
 
@@ -107,8 +105,8 @@ def test_knn_chooses_the_best_on_a_fifth_of_the_training_data(fits: list) -> Non
         probe = KNeighborsClassifier(k, metric=metric).fit(pair[0], labels[fit_on])
         accuracy[scaled, metric, k] = probe.score(pair[1], labels[held_out])
     chosen = fits[0][2].best_params_
-    scaled = chosen["standardscaler"] != "passthrough"
-    key = scaled, chosen["kneighborsclassifier__metric"], chosen["kneighborsclassifier__n_neighbors"]
+    scaled = chosen["scale"] != "passthrough"
+    key = scaled, chosen["probe__metric"], chosen["probe__n_neighbors"]
     assert len(set(accuracy.values())) > 2
     assert accuracy[key] == max(accuracy.values()) == pytest.approx(fits[0][2].best_score_)
 
@@ -122,12 +120,10 @@ def test_knn_is_that_of_scikit_learn_with_what_was_chosen(scale: float, standard
     test = np.hstack([test, scale * rng.standard_normal((len(test), 3))])
     accuracy = knn(train, labels, test, test_labels)
     chosen = fits[0][2].best_params_
-    assert (chosen["standardscaler"] != "passthrough") == standardised
+    assert (chosen["scale"] != "passthrough") == standardised
     if standardised:
         train, test = standardise(train, test)
-    probe = KNeighborsClassifier(
-        chosen["kneighborsclassifier__n_neighbors"], metric=chosen["kneighborsclassifier__metric"]
-    )
+    probe = KNeighborsClassifier(chosen["probe__n_neighbors"], metric=chosen["probe__metric"])
     assert accuracy == probe.fit(train, labels).score(test, test_labels)
 
 
@@ -137,7 +133,7 @@ def test_knn_asks_for_no_more_neighbours_than_there_are_to_choose_on(count: int,
     assert knn(*make(noise=1e-3, train=count)) == 1.0
     results = fits[0][2].cv_results_
     left = count - -(-count // 5)
-    assert set(results["param_kneighborsclassifier__n_neighbors"]) == {k for k in (1, 5, 10, 20, 50) if k <= left}
+    assert set(results["param_probe__n_neighbors"]) == {k for k in (1, 5, 10, 20, 50) if k <= left}
     assert np.isfinite(results["mean_test_score"]).all()
 
 
@@ -153,7 +149,7 @@ def test_linear_chooses_the_best_penalty_and_fits_it_on_all_training_data(fits: 
 
     inner = (train[fit_on], labels[fit_on], train[held_out], labels[held_out])
     candidates = {penalty: score(penalty, *inner) for penalty in (1e-3, 1e-2, 1e-1, 1.0)}
-    chosen = fits[0][2].best_params_["logisticregression__C"]
+    chosen = fits[0][2].best_params_["probe__C"]
     assert len(set(candidates.values())) > 1
     assert candidates[chosen] == max(candidates.values())
     assert accuracy == score(chosen, train, labels, test, test_labels)
@@ -178,7 +174,7 @@ def test_few_shot_is_the_mean_over_five_draws_of_ten_labels_a_class(fits: list) 
     for rows, own, fit in fits:
         assert np.bincount(own).tolist() == [10] * CLASSES
         assert len(np.unique(rows, axis=0)) == 10 * CLASSES
-        probe = LogisticRegression(C=fit.best_params_["logisticregression__C"], max_iter=1000)
+        probe = LogisticRegression(C=fit.best_params_["probe__C"], max_iter=1000)
         scaled, scaled_test = standardise(rows, test)
         scores.append(probe.fit(scaled, own).score(scaled_test, test_labels))
     assert len(set(scores)) > 1
@@ -368,3 +364,44 @@ def test_planetoid_normalized_centres_by_training_features_and_sets_lengths_to_o
     )
     longer = centre + (test[40:] - centre) * np.linspace(0.5, 9, 60)[:, None]
     assert planetoid_normalized(train, labels, longer, rest, validation) == pytest.approx(found, abs=2e-3)
+
+
+def quantities(noise: float = 0.5, train: int = 150, test: int = 80) -> Split:
+    """A linear function of random features, and noise."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((train + test, 5))
+    labels = 100 + 30 * (features @ [1.0, -2.0, 0.5, 0.0, 1.5]) + 30 * noise * rng.standard_normal(train + test)
+    return features[:train], labels[:train], features[train:], labels[train:]
+
+
+def r_squared(guesses: np.ndarray, labels: np.ndarray) -> float:
+    return 1 - np.square(guesses - labels).sum() / np.square(labels - labels.mean()).sum()
+
+
+def test_linear_probe_of_quantities_is_ridge_regression_in_closed_form() -> None:
+    train, labels, test, test_labels = quantities()
+    fit_on, held_out = next(ShuffleSplit(1, test_size=0.2, random_state=0).split(train))
+
+    def guesses(x: np.ndarray, y: np.ndarray, other: np.ndarray, alpha: float) -> np.ndarray:
+        x, other = standardise(x, other)
+        weight = np.linalg.solve(x.T @ x + alpha * np.eye(5), x.T @ (y - y.mean()))
+        return other @ weight + y.mean()
+
+    alphas = [1.0, 10.0, 100.0, 1e3, 1e4]
+    inner = [r_squared(guesses(train[fit_on], labels[fit_on], train[held_out], a), labels[held_out]) for a in alphas]
+    expected = r_squared(guesses(train, labels, test, alphas[int(np.argmax(inner))]), test_labels)
+    assert linear(train, labels, test, test_labels) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["knn", "linear", "few_shot", "mlp", "boosting"])
+def test_quantities_are_regressed_well_and_noise_is_not(name: str) -> None:
+    train, labels, test, test_labels = quantities(noise=0.1, train=500)
+    assert 0.6 < PROTOCOLS[name](train, labels, test, test_labels) <= 1.0
+    shuffled = np.random.default_rng(1).permutation(labels)
+    assert PROTOCOLS[name](train, shuffled, test, test_labels) < 0.2
+
+
+@pytest.mark.parametrize("name", ["svm", "svm_standardized", "planetoid", "planetoid_normalized"])
+def test_protocols_of_classes_refuse_quantities(name: str) -> None:
+    with pytest.raises(ValueError, match="found quantities as labels; this protocol needs classes"):
+        PROTOCOLS[name](*quantities())

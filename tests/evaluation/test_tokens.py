@@ -88,20 +88,40 @@ def test_pooling_is_over_the_valid_tokens_of_each_clip(pooling: Pooling, slow: C
     assert found.dtype == np.float32 and not model.training
 
 
-def test_only_the_mean_brings_several_rows_of_a_sample_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A modality that reads each sample in two rows."""
+@pytest.mark.parametrize("pooling", ["mean", "max", "mean_max"])
+def test_several_rows_of_a_sample_are_brought_together(pooling: Pooling, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A modality that reads each sample in two rows: the same tokens twice have the same mean and maximum."""
     model, tokenize = make("image"), Image.tokenize
     (modality,) = model.adapters.values()
     dataset = PreparedSamples(Samples(list(np.random.default_rng(0).random((3, 8, 8))), str), modality)
-    (expected,) = extract(dataset, [pooled(model)], "cpu")
+    (expected,) = extract(dataset, [pooled(model, pooling)], "cpu")
     monkeypatch.setattr(Image, "tokenize", lambda self, batch: tokenize(self, batch).repeat(2))
-    (found,) = extract(dataset, [pooled(model)], "cpu")
+    (found,) = extract(dataset, [pooled(model, pooling)], "cpu")
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    for pooling in ("max", "sum", "mean_max"):
-        with pytest.raises(
-            ValueError, match=f"pooling: found {pooling}, and 6 rows of tokens for 3 samples; only mean"
-        ):
-            extract(dataset, [pooled(model, pooling)], "cpu")
+
+
+def test_flatten_puts_all_tokens_of_a_sample_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With class and register tokens; of a sample in two rows, one row after the other."""
+    model, tokenize = make("image"), Image.tokenize
+    (modality,) = model.adapters.values()
+    images = np.random.default_rng(0).random((3, 8, 8)).astype(np.float32)
+    dataset = PreparedSamples(Samples(list(images), str), modality)
+    (found,) = extract(dataset, [pooled(model, "flatten")], "cpu")
+    with torch.no_grad():
+        for row, image in zip(found, images, strict=True):
+            hidden = model(**modality.collate([modality.prepare(image)])).last_hidden_state
+            np.testing.assert_allclose(row, hidden.flatten().numpy(), atol=1e-5)
+    monkeypatch.setattr(Image, "tokenize", lambda self, batch: tokenize(self, batch).repeat(2))
+    (twice,) = extract(dataset, [pooled(model, "flatten")], "cpu")
+    np.testing.assert_allclose(twice, np.concatenate([found, found], axis=1), atol=1e-5)
+
+
+def test_flatten_refuses_samples_of_different_lengths() -> None:
+    model = make()
+    (modality,) = model.adapters.values()
+    dataset = PreparedSamples(Samples(clips(), "clip {}".format), modality)
+    with pytest.raises(ValueError, match="pooling: found flatten, and samples of different lengths; use mean"):
+        extract(dataset, [pooled(model, "flatten")], "cpu")
 
 
 def test_evaluate_pools_as_it_is_told(tmp_path: Path, seen: list[Given]) -> None:
