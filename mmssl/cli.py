@@ -1,4 +1,4 @@
-"""The ``mmssl`` command: pretrain, evaluate, list."""
+"""The ``mmssl`` command: pretrain, evaluate, forecast, embed, list."""
 
 import json
 import sys
@@ -72,12 +72,38 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         Path(config.output).write_text(json.dumps([asdict(score) for score in scores], indent=2))
 
 
+def forecast_command(arguments: Sequence[str]) -> None:
+    """Forecast a long series with a pretrained encoder, beside its raw windows and untrained encoders."""
+    from mmssl.evaluation.forecasting import forecast, print_forecasts
+
+    parser = ArgumentParser(prog="mmssl forecast", description=forecast_command.__doc__)
+    parser.add_argument("checkpoints", nargs="+", help="Folders or Hub names; several are seeds of one recipe.")
+    parser.add_function_arguments(forecast, skip={"checkpoints"})
+    parser.add_argument("--output", default=None, help="JSON file to write the errors to.")
+    config = vars(parser.instantiate(parser.parse_args(with_source(arguments))))
+    output = config.pop("output")
+    forecasts = forecast(**config)
+    print_forecasts(forecasts, title=" ".join(config["checkpoints"]))
+    if output:
+        Path(output).write_text(json.dumps([asdict(each) for each in forecasts], indent=2))
+
+
+def embed_command(arguments: Sequence[str]) -> None:
+    """Write an embedding of each sample to a file."""
+    from mmssl.evaluation import embed
+
+    parser = ArgumentParser(prog="mmssl embed", description=embed_command.__doc__)
+    parser.add_function_arguments(embed, as_positional=True)
+    path = embed(**vars(parser.instantiate(parser.parse_args(with_source(arguments)))))
+    print(f"The embeddings are in {path}")
+
+
 def list_command(arguments: Sequence[str]) -> None:
     """Show the modalities, objectives, protocols and data sets there are."""
     from rich.console import Console
     from rich.table import Table
 
-    from mmssl.data.sources import BUILTIN
+    from mmssl.data.builtin import BUILTIN
     from mmssl.evaluation import PROTOCOLS
     from mmssl.modalities.base import Modality
     from mmssl.objectives.base import Objective
@@ -110,6 +136,8 @@ def pretrain_command(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain_command,
     "evaluate": evaluate_command,
+    "forecast": forecast_command,
+    "embed": embed_command,
     "list": list_command,
 }
 

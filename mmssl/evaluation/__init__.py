@@ -1,8 +1,18 @@
 """What frozen features are worth: protocols, tables and pictures."""
 
+from mmssl.evaluation.embed import embed
 from mmssl.evaluation.evaluate import Score, evaluate, print_scores
 from mmssl.evaluation.pictures import draw_reconstructions
 from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from mmssl.evaluation.report import report
 
-__all__ = ["DEFAULT_PROTOCOLS", "PROTOCOLS", "Score", "draw_reconstructions", "evaluate", "print_scores", "report"]
+__all__ = [
+    "DEFAULT_PROTOCOLS",
+    "PROTOCOLS",
+    "Score",
+    "draw_reconstructions",
+    "embed",
+    "evaluate",
+    "print_scores",
+    "report",
+]

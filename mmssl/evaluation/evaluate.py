@@ -77,10 +77,7 @@ def evaluate(
     untrained = [fresh(model, seed) for seed, model in enumerate(models)]
     for model in (*models, *untrained):
         torch.nn.Module.to(model, device)
-    names = list(models[0].adapters)
-    if (modality is None and len(names) > 1) or (modality is not None and modality not in names):
-        raise ValueError(f"modality: found {modality}; the model has {', '.join(names)}: say which one the data are of")
-    adapter = models[0].adapters[modality or names[0]]
+    adapter = models[0].adapters[pick_modality(models[0], modality)]
     train_samples, test_samples = labelled_pair(data, test, adapter)
     if train_samples.token_labels is not None and pooling != "mean":
         raise ValueError(f"pooling: found {pooling}, but the labels are of tokens, which are not pooled; leave it out")
@@ -131,6 +128,14 @@ def load_model(checkpoint: str | Path) -> MMSSLModel:
     if not isinstance(model, MMSSLModel):
         raise ValueError(f"{checkpoint} is a {type(model).__name__}; expected a model that mmssl has pretrained")
     return model
+
+
+def pick_modality(model: MMSSLModel, modality: str | None) -> str:
+    """The given one of the model's modalities, or its only one."""
+    names = list(model.adapters)
+    if (modality is None and len(names) > 1) or (modality is not None and modality not in names):
+        raise ValueError(f"modality: found {modality}; the model has {', '.join(names)}: say which one the data are of")
+    return modality or names[0]
 
 
 def fresh(model: MMSSLModel, seed: int) -> MMSSLModel:

@@ -6,7 +6,7 @@ import numpy as np
 from sklearn.model_selection import train_test_split
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
-from mmssl.data.sources import BUILTIN
+from mmssl.data.builtin import BUILTIN
 from mmssl.evaluation.protocols import quantities
 from mmssl.modalities.base import Modality
 

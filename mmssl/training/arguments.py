@@ -45,6 +45,7 @@ class TrainArguments:
         lr_scheduler_type: how the learning rate falls after the warm-up.
         warmup_ratio: share of the steps that the learning rate rises over.
         weight_decay: decoupled weight decay of weight matrices; biases, norms and learned tokens have none.
+        final_weight_decay: weight decay at the last step, reached as a half cosine (the JEPAs). None: as at the first.
         adam_beta1: AdamW's decay rate of the mean of the gradient.
         adam_beta2: AdamW's decay rate of the mean of its square.
         adam_epsilon: AdamW's epsilon.
@@ -71,6 +72,7 @@ class TrainArguments:
     lr_scheduler_type: Literal["cosine", "linear"] = "cosine"
     warmup_ratio: float = 0.1
     weight_decay: float = 0.05
+    final_weight_decay: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8

@@ -28,7 +28,7 @@ from mmssl.training.arguments import Source, TrainArguments
 from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, flatten, save_checkpoint
 from mmssl.training.metrics import Metrics
 from mmssl.training.run import save_heads
-from mmssl.training.schedule import learning_rate
+from mmssl.training.schedule import learning_rate, weight_decay
 from mmssl.training.setup import check_output_dir, device_name, make_optimizer, prepare_output_dir
 from mmssl.training.streams import Stream, count_steps, draw, open_stream
 
@@ -247,6 +247,8 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        decay = weight_decay(self.progress.step, self.total_steps, train.weight_decay, train.final_weight_decay)
+        self.optimizer.param_groups[0]["weight_decay"] = decay  # of weight matrices; the other group has none
         # Batches of the same number must not be masked alike, only because there are several modalities.
         key = [train.seed] if len(self.streams) == 1 else [train.seed, name]
         losses: list[Tensor] = []

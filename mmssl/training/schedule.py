@@ -19,3 +19,10 @@ def learning_rate(step: int, total: int, warmup: int, peak: float, least: float 
     done = min((step - warmup) / max(total - warmup, 1), 1.0)
     share = 0.5 * (1 + math.cos(math.pi * done)) if shape == "cosine" else 1 - done
     return least + (peak - least) * share
+
+
+def weight_decay(step: int, total: int, start: float, end: float | None) -> float:
+    """From ``start`` to ``end`` as a half cosine (Assran et al., I-JEPA, 2023); without an end it stays."""
+    if end is None:
+        return start
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step / total, 1.0)))

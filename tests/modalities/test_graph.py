@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from mmssl import encoder as encoder_module
 from mmssl.data import PreparedSamples
-from mmssl.data.sources import digits_graph
+from mmssl.data.builtin import digits_graph
 from mmssl.modalities.base import Batch
 from mmssl.modalities.graph import Graph
 from mmssl.modeling import MMSSLConfig, MMSSLModel

@@ -5,7 +5,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mmssl.randomness import keyed_generator, seed_of
-from mmssl.training.schedule import learning_rate
+from mmssl.training.schedule import learning_rate, weight_decay
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,12 @@ def test_keyed_generator_seeds_the_global_one_too() -> None:
     drawn = torch.rand(3, generator=own)
     assert torch.equal(drawn, torch.rand(3, generator=keyed_generator(torch.device("cpu"), 5)))
     assert not torch.equal(drawn, first)  # dropout must not reuse the numbers that chose the mask
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 0.04), (25, 0.04 + 0.36 * (1 - 0.5**0.5) / 2), (50, 0.22), (100, 0.4)]
+)
+def test_weight_decay_rises_as_a_half_cosine(step: int, expected: float) -> None:
+    """I-JEPA's .04 to .4, by hand at a quarter, at half and at the end of the way."""
+    assert weight_decay(step, 100, 0.04, 0.4) == pytest.approx(expected)
+    assert weight_decay(step, 100, 0.04, None) == 0.04
