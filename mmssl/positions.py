@@ -7,13 +7,14 @@ from torch import Tensor, nn
 class SinCosPositions(nn.Module):
     """Fixed sine-cosine embedding of any number of axes (Vaswani et al., 2017; its 2-D form: He et al., MAE, 2022).
 
-    The width is shared out equally among the axes. For each axis the first half of its share is
+    The width is shared out among the axes in pairs of a sine and a cosine; where they cannot have equally many, the
+    first axes have one more. Of an axis with n pairs the first half of its share is
     ``sin(coordinate / temperature ** (k / n))`` for k = 0..n-1, the second half the cosine. Computed from the
     coordinates at each call, so any grid, any fractional place and any number of tokens will do, and there is no table
     to store.
 
     Args:
-        width: size of the embedding; a multiple of ``2 * axes``.
+        width: size of the embedding; even, and at least ``2 * axes``.
         axes: number of coordinates P.
         temperature: the largest wavelength is ``2 pi * temperature``.
         order: the axes in the order of their shares. None: as in the coordinates. MAE puts x before y: ``(1, 0)``.
@@ -21,18 +22,22 @@ class SinCosPositions(nn.Module):
 
     def __init__(self, width: int, axes: int, temperature: float = 10_000.0, order: tuple[int, ...] | None = None):
         super().__init__()
-        if width % (2 * axes):
+        if width % 2 or width < 2 * axes:
             raise ValueError(
-                f"sine-cosine positions of {axes} axes need a width that {2 * axes} divides; found {width}"
+                f"sine-cosine positions of {axes} axes need an even width of at least {2 * axes}; found {width}"
             )
         self.width, self.temperature = width, temperature
         self.order = tuple(range(axes)) if order is None else order
 
     def forward(self, coords: Tensor) -> Tensor:
-        bands = self.width // (2 * len(self.order))
-        band = torch.arange(bands, device=coords.device, dtype=torch.float32)
-        angle = coords[..., self.order, None].float() * self.temperature ** (-band / bands)
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+        pairs, left_over = divmod(self.width // 2, len(self.order))
+        waves = []
+        for place, axis in enumerate(self.order):
+            bands = pairs + (place < left_over)
+            band = torch.arange(bands, device=coords.device, dtype=torch.float32)
+            angle = coords[..., axis, None].float() * self.temperature ** (-band / bands)
+            waves += [angle.sin(), angle.cos()]
+        return torch.cat(waves, dim=-1)
 
 
 class MLPPositions(nn.Module):
@@ -66,3 +71,19 @@ class NoPositions(nn.Module):
 
     def forward(self, coords: Tensor) -> Tensor:
         return coords.new_zeros(*coords.shape[:-1], self.width)
+
+
+class IndexPositions(nn.Module):
+    """A learned vector for each whole-number place on one axis, such as the columns of a table.
+
+    Args:
+        width: size of the embedding.
+        count: places are 0 to ``count - 1``.
+    """
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.index_tokens = nn.Parameter(torch.empty(count, width).normal_(std=0.02))
+
+    def forward(self, coords: Tensor) -> Tensor:
+        return nn.functional.embedding(coords[..., 0].round().long(), self.index_tokens)

@@ -159,11 +159,7 @@ class Modality(nn.Module):
             generator: source of randomness, on the device of the tokens.
             allowed: (B, N) bool, tokens that may be chosen. None: all valid ones.
         """
-        allowed = tokens.valid if allowed is None else allowed & tokens.valid
-        noise = torch.rand(allowed.shape, generator=generator, device=allowed.device)
-        centre = noise.masked_fill(~allowed, -1.0).argmax(dim=1, keepdim=True)
-        distance = (tokens.coords - gather(tokens.coords, centre)).square().sum(dim=-1)
-        return nearest(distance, tokens.valid, share, allowed)
+        return around_one(tokens, share, generator, tokens.valid if allowed is None else allowed & tokens.valid)
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """One stochastic view of each sample. Optional."""
@@ -224,6 +220,14 @@ def nearest(distance: Tensor, valid: Tensor, share: float | Tensor, allowed: Ten
     return (rank < count) & allowed
 
 
+def around_one(tokens: Tokens, share: float | Tensor, generator: torch.Generator, allowed: Tensor) -> Tensor:
+    """(B, N) bool: the allowed tokens nearest to a random one of them."""
+    noise = torch.rand(allowed.shape, generator=generator, device=allowed.device)
+    centre = noise.masked_fill(~allowed, -1.0).argmax(dim=1, keepdim=True)
+    distance = (tokens.coords - gather(tokens.coords, centre)).square().sum(dim=-1)
+    return nearest(distance, tokens.valid, share, allowed)
+
+
 def rectangle(
     tokens: Tokens,
     share: float | Tensor,
@@ -234,12 +238,13 @@ def rectangle(
     """(B, N) bool: a rectangle on the last two axes of a grid of tokens, along the whole of the axes before them.
 
     Height over width is drawn from ``ratio``, evenly on the logarithm's scale, once for the batch; a side that the grid
-    cuts off is made up for by the other one. The place is drawn for each row. Only ``allowed`` tokens count.
+    cuts off is made up for by the other one. The place is drawn for each row. Only ``allowed`` tokens count; where
+    there are none of them in it, those around a random one take its place.
     """
     device, (low, high) = tokens.coords.device, (math.log(side) for side in ratio)
-    place = tokens.coords[..., -2:]
-    place = place - place.amin(dim=1, keepdim=True)
-    rows, columns = (place.flatten(0, 1).amax(dim=0) + 1).round().unbind()
+    axes = tokens.coords[..., -2:].unbind(-1)
+    place = torch.stack([axis.unique(return_inverse=True)[1] for axis in axes], dim=-1)  # row and column, from 0
+    rows, columns = (place.flatten(0, 1).amax(dim=0) + 1.0).unbind()
     aspect = torch.exp(low + (high - low) * torch.rand((), generator=generator, device=device))
     area = share * rows * columns
     height = (area * aspect).sqrt().clamp(max=rows)
@@ -248,7 +253,12 @@ def rectangle(
     corner = torch.rand(len(place), 1, 2, generator=generator, device=device)
     first = (corner * (torch.stack([rows - height, columns - width]) + 1)).floor()
     inside = ((place >= first) & (place < first + torch.stack([height, width]))).all(dim=-1) & tokens.valid
-    return inside if allowed is None else inside & allowed
+    if allowed is None:
+        return inside
+    inside = inside & allowed
+    return torch.where(
+        inside.any(dim=1, keepdim=True), inside, around_one(tokens, share, generator, allowed & tokens.valid)
+    )
 
 
 def block_order(tokens: Tokens, longest: Sequence[int], generator: torch.Generator) -> Tensor:

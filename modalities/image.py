@@ -1,26 +1,28 @@
 """Images of any size and any number of channels as patches on a rectangular grid (Dosovitskiy et al., ViT, 2021)."""
 
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image as PILImage
-from PIL import ImageOps
 from torch import Tensor, nn
 
 from mmssl.modalities.base import Batch, Modality, View, block_order, rectangle
+from mmssl.pixels import (
+    IMAGE_ENDINGS,
+    beside,
+    channel_statistics,
+    crop_and_flip,
+    kornia_augmentation,
+    pair,
+    patch_grid,
+    read_image,
+    recolor,
+    transform,
+)
 from mmssl.positions import SinCosPositions
-from mmssl.samples import file_of, number_array
 from mmssl.tokens import Tokens
-
-T = TypeVar("T", int, float)
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Image(Modality):
@@ -53,7 +55,7 @@ class Image(Modality):
     """
 
     inputs: ClassVar = ("pixel_values",)
-    extensions: ClassVar = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+    extensions: ClassVar = IMAGE_ENDINGS
     columns: ClassVar = ("image", "img", "pixel_values")
     mask_styles: ClassVar = ("random", "block")
 
@@ -82,10 +84,7 @@ class Image(Modality):
         super().__init__()
         self.image_size, self.patch_size = pair(image_size), pair(patch_size)
         self.num_channels = num_channels
-        imagenet = num_channels == 3
-        default_mean, default_std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (0.5, 0.5)
-        self.image_mean = per_channel(default_mean if image_mean is None else image_mean, num_channels, "image_mean")
-        self.image_std = per_channel(default_std if image_std is None else image_std, num_channels, "image_std")
+        self.image_mean, self.image_std = channel_statistics(image_mean, image_std, num_channels)
         self.normalize_target, self.distance = normalize_target, distance
         self.alteration, self.alteration_ratio = alteration, pair(alteration_ratio)
         self.swap_probability, self.swap_ratio, self.max_block = swap_probability, swap_ratio, max_block
@@ -93,9 +92,7 @@ class Image(Modality):
         self.crop_scale, self.crop_ratio = pair(crop_scale), pair(crop_ratio)
         self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
         self.gaussian_blur, self.rotation = gaussian_blur, rotation
-        self.grid(*self.image_size)
-        if min(self.image_std) <= 0:
-            raise ValueError(f"image_std: found {self.image_std}; expected positive values")
+        patch_grid(*self.image_size, self.patch_size)
         if color_jitter and num_channels != 3:
             raise ValueError(f"color_jitter needs 3 channels; found num_channels={num_channels}: set color_jitter to 0")
 
@@ -107,102 +104,17 @@ class Image(Modality):
         self.projection = nn.Linear(math.prod(self.content_shape), width)
         return super().build(width)
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches in an image of this size."""
-        patch_height, patch_width = self.patch_size
-        if height < patch_height or width < patch_width:
-            raise ValueError(
-                f"an image of {height}x{width} pixels is smaller than one patch of {patch_height}x{patch_width}; "
-                "use larger images or a smaller patch_size"
-            )
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"an image of {height}x{width} pixels cannot be cut into patches of {patch_height}x{patch_width}; "
-                "make image_size a multiple of patch_size"
-            )
-        return height // patch_height, width // patch_width
-
     def prepare(self, sample: Any) -> dict[str, Tensor]:
         """Decode a path, bytes, a ``{"bytes", "path"}`` record, a PIL image or an array (H, W), (H, W, C), (C, H, W).
 
         Arrays of uint8 and uint16 are divided by the greatest value of their type; floats lie between 0 and 1.
         """
-        if isinstance(sample, dict):
-            sample = file_of(sample)
-        if isinstance(sample, bytes):
-            sample = io.BytesIO(sample)
-        if isinstance(sample, str | Path | io.BytesIO):
-            try:
-                sample = PILImage.open(sample)
-                if sample.format == "JPEG":  # decode at a fraction of the size where that is enough
-                    sample.draft(None, (2 * self.image_size[1], 2 * self.image_size[0]))
-                sample.load()
-            except Exception as error:  # PIL's decoders raise nearly anything at a corrupt file
-                raise ValueError(f"not a readable image ({error}); expected an intact image file") from error
-        pixels = self.from_pil(sample) if isinstance(sample, PILImage.Image) else self.from_array(sample)
-        if not pixels.isfinite().all():
-            raise ValueError("found NaN or infinite pixels; expected finite values")
+        pixels = read_image(sample, self.image_size, self.num_channels, self.patch_size)
         mean, std = self.statistics(pixels)
         return {"pixel_values": (pixels - mean) / std}
 
-    def from_pil(self, image: PILImage.Image) -> Tensor:
-        if self.num_channels not in PIL_MODES:
-            raise ValueError(
-                f"found an image file, and num_channels={self.num_channels}; files are read as 1, 3 or 4 channels: "
-                "give arrays (H, W, C) instead"
-            )
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            return self.from_array(np.asarray(image))
-        if image.mode.startswith("I"):  # 16 bits of grey; PIL would cut them off at 255
-            return self.from_array(np.asarray(image).astype(np.float32) / 65535)
-        self.check_size(image.height, image.width)
-        image = image.convert(PIL_MODES[self.num_channels])
-        height, width = self.image_size
-        if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), method=PILImage.Resampling.BICUBIC)
-        pixels = torch.from_numpy(np.array(image)).float() / 255
-        return pixels.reshape(height, width, self.num_channels).permute(2, 0, 1)
-
-    def from_array(self, array: Any) -> Tensor:
-        values = number_array(array)
-        if values.dtype.kind in "iu":
-            if values.dtype.itemsize > 2:  # of such types the greatest value says nothing about white
-                raise ValueError(f"found an array of {values.dtype}; expected uint8, uint16, or floats from 0 to 1")
-            values = values.astype(np.float32) / np.iinfo(values.dtype).max
-        pixels = torch.from_numpy(values)
-        if pixels.dim() == 2:
-            pixels = pixels[None]
-        elif pixels.dim() == 3 and pixels.shape[-1] == self.num_channels:
-            pixels = pixels.permute(2, 0, 1)
-        if pixels.dim() != 3 or pixels.shape[0] not in (1, self.num_channels):
-            raise ValueError(
-                f"found an array of shape {tuple(np.shape(array))}; expected (H, W), (H, W, {self.num_channels}) or "
-                f"({self.num_channels}, H, W)"
-            )
-        pixels = pixels.float().expand(self.num_channels, -1, -1)
-        self.check_size(*pixels.shape[1:])
-        height, width = self.image_size
-        if pixels.shape[1:] == (height, width):
-            return pixels
-        scale = max(height / pixels.shape[1], width / pixels.shape[2])
-        size = [max(height, round(pixels.shape[1] * scale)), max(width, round(pixels.shape[2] * scale))]
-        pixels = nn.functional.interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0]
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        return pixels[:, top : top + height, left : left + width]
-
-    def check_size(self, height: int, width: int) -> None:
-        if height < self.patch_size[0] or width < self.patch_size[1]:
-            raise ValueError(
-                f"found an image of {height}x{width} pixels; expected at least one patch, "
-                f"{self.patch_size[0]}x{self.patch_size[1]}"
-            )
-
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            torch.tensor(self.image_mean, device=like.device, dtype=like.dtype)[:, None, None],
-            torch.tensor(self.image_std, device=like.device, dtype=like.dtype)[:, None, None],
-        )
+        return beside(self.image_mean, like, axes=2), beside(self.image_std, like, axes=2)
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
         return {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
@@ -214,10 +126,10 @@ class Image(Modality):
             raise ValueError(
                 f"pixel_values: found shape {tuple(pixels.shape)}; expected (batch, {self.num_channels}, height, width)"
             )
-        rows, columns = self.grid(*pixels.shape[2:])
+        rows, columns = patch_grid(pixels.shape[2], pixels.shape[3], self.patch_size)
         content = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", h=rows, w=columns)
         # Places are those of the grid of image_size; a finer or coarser grid is stretched over it.
-        own_rows, own_columns = self.grid(*self.image_size)
+        own_rows, own_columns = patch_grid(*self.image_size, self.patch_size)
         y = (torch.arange(rows, device=pixels.device) + 0.5) * (own_rows / rows) - 0.5
         x = (torch.arange(columns, device=pixels.device) + 0.5) * (own_columns / columns) - 0.5
         coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
@@ -237,7 +149,7 @@ class Image(Modality):
     def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
         if style == "random":
             return super().hiding_order(tokens, generator, style)
-        rows, columns = self.grid(*self.image_size)
+        rows, columns = patch_grid(*self.image_size, self.patch_size)
         longest = [max(1, int(self.max_block * rows)), max(1, int(self.max_block * columns))]
         return block_order(tokens, longest, generator)
 
@@ -305,53 +217,17 @@ class Image(Modality):
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, mirror, turn, change colours and blur, with kornia on the whole batch at once."""
-        try:
-            from kornia import augmentation
-        except ImportError as error:
-            raise ImportError('views of images need kornia: pip install "mmssl[image]"') from error
         pixels = batch["pixel_values"].float()
         size = (pixels.shape[2], pixels.shape[3])
-        steps: dict[str, Any] = {}
-        if self.crop_scale != (1.0, 1.0):
-            steps["crop"] = augmentation.RandomResizedCrop(
-                size, scale=self.crop_scale, ratio=self.crop_ratio, p=1.0, cropping_mode="resample"
-            )
-        if self.horizontal_flip:
-            steps["flip"] = augmentation.RandomHorizontalFlip(p=self.horizontal_flip)
+        steps = crop_and_flip(size, self.crop_scale, self.crop_ratio, self.horizontal_flip)
         if self.rotation:
-            steps["rotation"] = augmentation.RandomRotation(self.rotation, p=1.0)
-        if self.color_jitter:
-            strength = self.color_jitter
-            steps["color"] = augmentation.ColorJiggle(strength, strength, strength, strength / 4, p=0.8)
+            steps["rotation"] = kornia_augmentation().RandomRotation(self.rotation, p=1.0)
+        steps |= recolor(self.color_jitter)
         if self.gaussian_blur:
             kernel = max(3, min(size) // 10 | 1)  # a tenth of the side, odd (Chen et al., SimCLR, 2020)
-            steps["blur"] = augmentation.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=self.gaussian_blur)
+            steps["blur"] = kornia_augmentation().RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=self.gaussian_blur)
         if not steps:
             return View(batch)
         mean, std = self.statistics(pixels)
-        pixels = pixels * std + mean
-        parameters: dict[str, Tensor] = {}
-        devices = [pixels.device] if pixels.is_cuda else []
-        # kornia only knows the global generator, and in bf16 its grids would miss their pixels.
-        with torch.random.fork_rng(devices=devices), torch.autocast(pixels.device.type, enabled=False):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=pixels.device)))
-            for name, step in steps.items():
-                pixels = step(pixels)
-                parameters |= {
-                    f"{name}_{key}": value
-                    for key, value in step._params.items()
-                    if key not in ("forward_input_shape", "order")  # of the batch, not of its samples
-                }
+        pixels, parameters = transform(pixels * std + mean, steps, generator)
         return View({**batch, "pixel_values": (pixels - mean) / std}, parameters)
-
-
-def pair(value: T | Sequence[T]) -> tuple[T, T]:
-    first, second = value if isinstance(value, Sequence) else (value, value)
-    return first, second
-
-
-def per_channel(value: float | Sequence[float], num_channels: int, name: str) -> tuple[float, ...]:
-    values = (float(value),) * num_channels if isinstance(value, int | float) else tuple(value)
-    if len(values) != num_channels:
-        raise ValueError(f"{name}: found {len(values)} values; expected one, or {num_channels}, one for each channel")
-    return values

@@ -102,6 +102,8 @@ class LatentPrediction(Objective):
         ):
             if value not in choices:
                 raise ValueError(f"{name}: found {value!r}; expected one of {', '.join(choices)}")
+        if context == "first" and context_scale[1] == 1:
+            raise ValueError("context_scale: found 1 with context='first', which leaves nothing to predict; lower it")
         depth = model.config.num_hidden_layers
         if any(not 1 <= number <= depth for number in average_layers):
             raise ValueError(f"average_layers: found {list(average_layers)}; the encoder has blocks 1 to {depth}")

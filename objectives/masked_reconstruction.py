@@ -101,8 +101,14 @@ class MaskedReconstruction(Objective):
                 raise ValueError(
                     "mask_ratio has no meaning with corruption='alter': the modality's options say how much"
                 )
-        elif mask_ratio is not None and not 0 < mask_ratio < 1:
-            raise ValueError(f"mask_ratio: found {mask_ratio}; expected a share between 0 and 1, both excluded")
+        else:
+            if mask_ratio is not None and not 0 < mask_ratio < 1:
+                raise ValueError(f"mask_ratio: found {mask_ratio}; expected a share between 0 and 1, both excluded")
+            for modality in model.adapters.values():
+                if mask_style not in modality.mask_styles:
+                    raise ValueError(
+                        f"mask_style: found {mask_style!r}; {modality.name} offers {', '.join(modality.mask_styles)}"
+                    )
         if corruption == "drop" and not decoder_layers:
             raise ValueError(
                 "corruption='drop' needs a decoder to put dropped tokens back; set decoder_layers to 1 or more"

@@ -14,8 +14,30 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-BOTTOM = {"discovery", "version", "randomness", "samples", "graph_files", "point_files"}
-ENCODING = {*BOTTOM, "tokens", "edges", "encoder", "positions", "geometry"}
+BOTTOM = {
+    "discovery",
+    "version",
+    "randomness",
+    "samples",
+    "teacher",
+    "monitors",
+    "graph_files",
+    "point_files",
+    "series_files",
+    "table_columns",
+}
+ENCODING = {
+    *BOTTOM,
+    "pixels",
+    "video_files",
+    "tokens",
+    "edges",
+    "encoder",
+    "positions",
+    "geometry",
+    "signals",
+    "motifs",
+}
 MODEL = {*ENCODING, "modalities", "modeling"}
 USERS = {*MODEL, "processing", "objectives", "data"}
 EVERYTHING = {*USERS, "training", "evaluation", "cli", "mmssl"}
@@ -24,11 +46,19 @@ MAY_IMPORT = {
     "version": set(),
     "randomness": set(),
     "samples": set(),
+    "teacher": set(),
+    "monitors": set(),
     "graph_files": {"samples"},
     "point_files": {"samples"},
+    "pixels": {"samples"},
+    "video_files": {"samples", "pixels"},
+    "series_files": {"samples"},
+    "table_columns": {"samples"},
     "tokens": set(),
     "edges": set(),
     "geometry": set(),
+    "signals": {"tokens"},
+    "motifs": set(),
     "encoder": {*BOTTOM, "tokens", "edges"},
     "positions": {*BOTTOM, "tokens"},
     "modalities": ENCODING,

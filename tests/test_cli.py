@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 
 from mmssl import MMSSLConfig, MMSSLModel
 from mmssl.cli import main, parse_pretrain
+from mmssl.data import DataArguments, load_samples
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,9 @@ def test_every_recipe_builds_its_objective(recipe: Path) -> None:
 
     arguments = parse_pretrain(["--config", str(recipe)])
     modalities = [arguments["modality"], *(source.modality for source in arguments["also"])]
+    for modality in modalities:
+        if modality.name == "tabular":  # its columns come from the data
+            modality.fit(load_samples(DataArguments("diabetes"), modality))
     options = {modality.name: modality.options() for modality in modalities}
     with torch.device("meta"):
         objective = arguments["objective"](MMSSLModel(MMSSLConfig(modalities=options, **vars(arguments["encoder"]))))

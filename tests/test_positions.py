@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import ViTMAEConfig
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
-from mmssl.positions import MLPPositions, NoPositions, SinCosPositions
+from mmssl.positions import IndexPositions, MLPPositions, NoPositions, SinCosPositions
 
 
 def grid(rows: int, columns: int) -> Tensor:
@@ -17,11 +17,16 @@ def grid(rows: int, columns: int) -> Tensor:
 
 
 def by_formula(place: list[float], width: int, order: tuple[int, ...], temperature: float) -> list[float]:
-    """Vaswani et al. (2017) with all sines of an axis before its cosines, one axis after the other."""
-    bands = width // (2 * len(order))
+    """Vaswani et al. (2017) with all sines of an axis before its cosines, one axis after the other.
+
+    The axes get pairs of a sine and a cosine in turn, until the width is used up.
+    """
+    bands = [0] * len(order)
+    for pair in range(width // 2):
+        bands[pair % len(order)] += 1
     result = []
-    for axis in order:
-        angles = [place[axis] / temperature ** (k / bands) for k in range(bands)]
+    for axis, count in zip(order, bands, strict=True):
+        angles = [place[axis] / temperature ** (k / count) for k in range(count)]
         result += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
     return result
 
@@ -35,6 +40,10 @@ def by_formula(place: list[float], width: int, order: tuple[int, ...], temperatu
         (2, (1, 0), 12, 10_000.0),
         (3, None, 24, 1000.0),
         (3, (2, 0, 1), 6, 10_000.0),
+        (2, (1, 0), 18, 10_000.0),
+        (3, None, 16, 10_000.0),
+        (3, (2, 0, 1), 8, 100.0),
+        (3, None, 1024, 10_000.0),
     ],
 )
 def test_the_formula_at_fractional_and_negative_places(
@@ -82,9 +91,19 @@ def test_computed_in_single_precision_whatever_the_coords(dtype: torch.dtype) ->
     assert torch.equal(positions(coords.to(dtype)), positions(coords.float()))
 
 
-@pytest.mark.parametrize(("width", "axes"), [(15, 1), (18, 2), (16, 3)])
-def test_a_width_that_axes_do_not_share_is_refused(width: int, axes: int) -> None:
-    with pytest.raises(ValueError, match=rf"\b{2 * axes}\b.*found {width}\b"):
+@pytest.mark.parametrize(("width", "axes"), [(12, 3), (16, 2), (24, 3), (384, 3), (192, 2), (8, 1)])
+def test_equal_shares_are_those_of_one_table_for_all_axes(width: int, axes: int) -> None:
+    """To the last bit: models trained where widths had to be multiples of ``2 * axes`` stay what they are."""
+    coords = 20 * torch.rand(3, 7, axes, generator=torch.Generator().manual_seed(0)) - 5
+    bands = width // (2 * axes)
+    angle = coords[..., None] * 10_000.0 ** (-torch.arange(bands, dtype=torch.float32) / bands)
+    expected = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+    assert torch.equal(SinCosPositions(width, axes)(coords), expected)
+
+
+@pytest.mark.parametrize(("width", "axes"), [(15, 1), (0, 1), (2, 2), (4, 3), (17, 3)])
+def test_a_width_that_axes_cannot_share_is_refused(width: int, axes: int) -> None:
+    with pytest.raises(ValueError, match=rf"{axes} axes need an even width of at least {2 * axes}; found {width}$"):
         SinCosPositions(width, axes)
 
 
@@ -151,3 +170,19 @@ def test_without_places_all_is_zero(axes: int) -> None:
     positions = NoPositions(6)
     assert torch.equal(positions(torch.randn(2, 3, axes)), torch.zeros(2, 3, 6))
     assert not positions.state_dict()
+
+
+def test_learned_places_are_rows_of_a_table() -> None:
+    """In any order and number, also of places that are not quite whole; start values are normal with deviation 0.02."""
+    torch.manual_seed(0)
+    positions = IndexPositions(64, 50)
+    index = torch.randint(50, (3, 7), generator=torch.Generator().manual_seed(0))
+    for coords in (index[..., None], index[..., None].float() + 0.3, index[..., None].double() - 0.3):
+        found = positions(coords)
+        for row, places in zip(found, index.tolist(), strict=True):
+            assert torch.equal(row, torch.stack([positions.index_tokens[place] for place in places]))
+    assert positions.index_tokens.std().item() == pytest.approx(0.02, rel=0.1)
+    positions(index[..., None])[0, 0].sum().backward()
+    touched = torch.zeros(50, 64)
+    touched[index[0, 0]] = 1
+    assert positions.index_tokens.grad is not None and torch.equal(positions.index_tokens.grad, touched)

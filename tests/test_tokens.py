@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmssl.tokens import Mask, Tokens, gather
+from mmssl.tokens import Mask, Tokens, gather, indices_of
 
 ROWS, LENGTH = 3, 7
 
@@ -77,6 +77,23 @@ def test_select_drops_edges_of_dropped_tokens() -> None:
     )
     selected = tokens.select(torch.tensor([[3, 0, 2]]), torch.ones(1, 3, dtype=torch.bool))
     assert pairs(selected) == [(0, 2, 0)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_select_reads_the_edges_of_tokens_that_filling_repeats(seed: int) -> None:
+    """Indices of two masks side by side: what fills up one of them may be what the other one counts."""
+    tokens = random_tokens(seed)
+    generator = torch.Generator().manual_seed(100 + seed)
+    order = torch.stack([torch.randperm(LENGTH, generator=generator) for _ in range(ROWS)])
+    index = torch.cat([order[:, :4], order[:, 2:5], order[:, :2]], dim=1)
+    flags = torch.tensor([True, True, False, False, True, True, True, False, False]).expand(ROWS, -1)
+    expected = []
+    for row, source, target in pairs(tokens):
+        places = [old if counts else None for old, counts in zip(index[row].tolist(), flags[row].tolist(), strict=True)]
+        if source in places and target in places:
+            expected.append((row, places.index(source), places.index(target)))
+    assert 0 < len(expected) < len(pairs(tokens))
+    assert pairs(tokens.select(index, flags)) == sorted(expected)
 
 
 def test_select_without_edges_or_sample() -> None:
@@ -158,6 +175,19 @@ def test_mask_indices_partition_the_valid_tokens_in_order(seed: int, share: floa
         widest = {"hidden": max(widest["hidden"], len(hidden)), "visible": max(widest["visible"], len(visible))}
     assert mask.hidden_index.shape == mask.hidden_valid.shape == (ROWS, widest["hidden"])
     assert mask.visible_index.shape == mask.visible_valid.shape == (ROWS, widest["visible"])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+def test_indices_of_booleans_equal_a_loop(share: float) -> None:
+    members = torch.rand(20, LENGTH, generator=torch.Generator().manual_seed(1)) < share
+    index, counts = indices_of(members)
+    places = [[place for place in range(LENGTH) if row[place]] for row in members.tolist()]
+    longest = max(map(len, places))
+    assert index.shape == counts.shape == (20, longest) and index.dtype == torch.long and counts.dtype == torch.bool
+    for row, expected in enumerate(places):
+        assert index[row][counts[row]].tolist() == expected
+        assert counts[row].tolist() == [True] * len(expected) + [False] * (longest - len(expected))
+        assert len(set(index[row].tolist())) == longest
 
 
 def test_selected_by_a_mask_what_fills_up_does_not_count() -> None:

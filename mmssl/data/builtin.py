@@ -39,6 +39,14 @@ def shapes(split: str) -> Samples:
     return Samples(clouds, f"shapes {split}, cloud {{}}".format, labels, list(FAMILIES))
 
 
+def moving_digits(split: str) -> Samples:
+    """Clips of one of scikit-learn's digits that moves in one of eight directions, the label: see ``MovingDigits``."""
+    from mmssl.data.moving_digits import MovingDigits
+
+    clips = MovingDigits(checked(split, "moving_digits"))
+    return Samples(clips, f"moving_digits {split}, clip {{}}".format, clips.labels, clips.classes)
+
+
 def digits_graph(split: str) -> Samples:
     """One graph: scikit-learn's 1,797 handwritten digits, each joined to its 8 nearest ones by their pixels.
 
@@ -102,6 +110,7 @@ BUILTIN: dict[str, Callable[[str], Samples]] = {
     "digits": digits,
     "espeak_digits": espeak_digits,
     "shapes": shapes,
+    "moving_digits": moving_digits,
     "digits_graph": digits_graph,
     "digits_table": digits_table,
     "breast_cancer": breast_cancer,

@@ -146,9 +146,10 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
         raise ValueError(f"data.column: found {arguments.column}; a sample of {modality.name} is a whole row")
     column = None if whole_rows else pick(table.column_names, arguments.column, modality.columns, "column")
     label_column = pick(table.column_names, arguments.label_column, ("label", "labels"), "label_column", optional=True)
-    labels, classes = None, list[str]()
+    labels: np.ndarray | None = None
+    classes: list[str] = []
     if label_column is not None:
-        labels, classes = labels_of(table, label_column)
+        labels, classes = labels_of(table, label_column, arguments, rows)
     values: Any = table[column] if column is not None else None
     if whole_rows:
         frame = table.to_pandas()
@@ -156,7 +157,7 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
     return Samples(values=values, name=partial(row_name, str(arguments.source), rows), labels=labels, classes=classes)
 
 
-def labels_of(table, column: str) -> tuple[np.ndarray, list[str]]:
+def labels_of(table, column: str, arguments: DataArguments, rows: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
     """The labels of all rows, and the names of their classes; floats are quantities, and have none.
 
     Raises:
@@ -166,8 +167,10 @@ def labels_of(table, column: str) -> tuple[np.ndarray, list[str]]:
     if "float" in str(getattr(table.features[column], "dtype", "")):
         quantities = np.array(values, dtype=np.float64)
         if not np.isfinite(quantities).all():
+            if arguments.label_column is None:  # "label" may be anything; labels are for probes only
+                return None, []
             row = int(np.flatnonzero(~np.isfinite(quantities))[0])
-            raise ValueError(f"data.label_column: row {row} of {column} is {values[row]}; expected a number")
+            raise ValueError(f"data.label_column: row {rows[row]} of {column} is {values[row]}; expected a number")
         return quantities, []
     names = getattr(table.features[column], "names", None)
     # A missing label is a class of its own; -1 is how data sets mark one in a column of class labels.

@@ -14,7 +14,7 @@ from transformers import AutoModel
 
 from mmssl.data import DataArguments
 from mmssl.evaluation.features import Pooling, features_of
-from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS, quantities
+from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS, RAW_ONLY, quantities
 from mmssl.evaluation.splits import check_labels, labelled_pair, positions
 from mmssl.modeling import MMSSLModel
 
@@ -99,11 +99,14 @@ def evaluate(
         (row, protocol): Score(protocol, row, [], *sizes[protocol], "R²" if quantities(labels) else "accuracy")
         for row in dict.fromkeys(rows)
         for protocol in protocols
+        if row == "raw" or protocol not in RAW_ONLY
     }
     for row, features, test_features in zip(rows, found, test_found, strict=True):
         validation = (features[choose], labels[choose]) if len(choose) else None
         given = features[fit], labels[fit], test_features[held_out], test_labels[held_out], validation
         for protocol in protocols:
+            if (row, protocol) not in scores:
+                continue
             try:
                 score = PROTOCOLS[protocol](*given)
             except ValueError as error:
@@ -165,8 +168,8 @@ def print_scores(scores: Sequence[Score], title: str) -> None:
     for row in dict.fromkeys(score.row for score in scores):
         cells = []
         for protocol in protocols:
-            (values,) = [score.values for score in scores if (score.row, score.protocol) == (row, protocol)]
+            values = [v for score in scores if (score.row, score.protocol) == (row, protocol) for v in score.values]
             spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}")
+            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
         table.add_row(labels.get(row, row), *cells)
     Console().print(table)

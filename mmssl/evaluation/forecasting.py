@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from mmssl.modalities.base import Batch
 from mmssl.modalities.time_series import TimeSeries
 from mmssl.modeling import MMSSLModel
 from mmssl.randomness import keyed_generator
+
+M = TypeVar("M", bound=nn.Module)
 
 PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
 
@@ -218,15 +220,15 @@ def fit_head(modality: TimeSeries, model: MMSSLModel | None, parts: Sequence[Win
 
 
 def fine_tune(
-    forecaster: Forecaster,
+    forecaster: M,
     parts: Sequence[Windows],
     epochs: int,
     learning_rate: float,
     batch_size: int,
     seed: int,
     title: str,
-) -> Forecaster:
-    """Train encoder and head, beginning with the fitted head, and keep the epoch that is best on validation data."""
+) -> M:
+    """Train all of a forecaster from where it is, and keep the epoch that is best on validation data."""
     tuned = copy.deepcopy(forecaster)
     best, least = copy.deepcopy(tuned), errors(tuned, parts[1], batch_size)[0]
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=learning_rate, weight_decay=1e-2)

@@ -3,9 +3,10 @@
 import io
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,8 +14,10 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from mmssl.data import DataArguments, Samples, load_samples
+from mmssl.modalities.base import Modality
 from mmssl.modalities.image import Image
 from mmssl.modalities.speech import Speech
+from mmssl.samples import Rows
 
 datasets = pytest.importorskip("datasets")
 
@@ -495,3 +498,179 @@ def test_archives_that_are_broken_or_not_there(tmp_path: Path) -> None:
     for source in ("nowhere.npz", tmp_path / "nowhere.npz"):
         with pytest.raises(ValueError, match=r"no file .*nowhere.npz; expected an existing .npz file"):
             load(source)
+
+
+# ---- Whole rows, and quantities -------------------------------------------------------------------------------------
+
+
+class Row(Modality):
+    """A sample is a whole row of a table."""
+
+    name: ClassVar = "row"
+    extensions: ClassVar = ()
+    columns: ClassVar = ()
+
+
+ROWS = """age,job,own,label,price
+30,smith,True,yes,10.5
+,baker,False,no,20.25
+41,,True,yes,-3.0
+52,smith,False,yes,1e3
+"""
+CELLS = {
+    "age": [30, None, 41, 52],
+    "job": ["smith", "baker", None, "smith"],
+    "own": [True, False, True, False],
+    "price": [10.5, 20.25, -3, 1000],
+}
+
+
+def rows_file(path: Path, text: str = ROWS) -> Path:
+    """The rows as .csv or, by pandas, as .parquet."""
+    if path.suffix == ".csv":
+        path.write_text(text)
+    else:
+        pd.read_csv(io.StringIO(text)).to_parquet(path)
+    return path
+
+
+def load_rows(source: Path | str, **arguments: Any) -> Samples:
+    return load_samples(DataArguments(source=str(source), **arguments), Row())
+
+
+def column(samples: Samples, name: str) -> list[Any]:
+    """A column row by row, None where nothing is there; the same as the column as a whole."""
+    assert isinstance(samples.values, Rows)
+    cells = [None if pd.isna(row[name]) else row[name] for row in samples.values]
+    assert cells == [None if pd.isna(cell) else cell for cell in samples.values.columns[name]]
+    return cells
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_whole_rows(ending: str, tmp_path: Path) -> None:
+    """Each cell as it came, missing ones as NaN or None; the label is no part of a row."""
+    path = rows_file(tmp_path / f"a{ending}")
+    samples = load_rows(path)
+    assert len(samples) == 4 and list(samples.values[0]) == list(CELLS)
+    for name, cells in CELLS.items():
+        assert column(samples, name) == cells
+    assert samples.labels is not None and samples.labels.tolist() == [1, 0, 1, 1]
+    assert list(samples.classes) == ["no", "yes"]
+    assert samples.name(2) == f"{path}, row 2"
+
+
+def test_whole_rows_of_numbers_are_arrays_of_numbers(tmp_path: Path) -> None:
+    """So that a whole column can be read at once."""
+    samples = load_rows(rows_file(tmp_path / "a.csv"))
+    assert isinstance(samples.values, Rows)
+    kinds = {name: array.dtype.kind for name, array in samples.values.columns.items()}
+    assert kinds == {"age": "f", "job": "O", "own": "b", "price": "f"}
+
+
+def test_named_label_column_leaves_the_rows_and_the_usual_one_stays(tmp_path: Path) -> None:
+    samples = load_rows(rows_file(tmp_path / "a.csv"), label_column="job")
+    assert list(samples.values[0]) == ["age", "own", "label", "price"]
+    assert samples.labels is not None
+    assert [samples.classes[label] for label in samples.labels] == ["smith", "baker", "None", "smith"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_floats_are_quantities(ending: str, tmp_path: Path) -> None:
+    samples = load_rows(rows_file(tmp_path / f"a{ending}"), label_column="price")
+    assert samples.labels is not None and samples.labels.dtype == np.float64
+    assert samples.labels.tolist() == CELLS["price"] and not samples.classes
+    assert "price" not in samples.values[0] and "label" in samples.values[0]
+    part = samples.select(np.array([3, 1]))
+    assert part.labels is not None and part.labels.tolist() == [1e3, 20.25]
+
+
+def test_integers_and_texts_are_classes(tmp_path: Path) -> None:
+    text = "x,label\n1,7\n2,-3\n3,7\n"
+    samples = load_rows(rows_file(tmp_path / "a.csv", text))
+    assert samples.labels is not None and samples.labels.tolist() == [1, 0, 1] and list(samples.classes) == ["-3", "7"]
+
+
+def test_quantities_of_images_too(tmp_path: Path) -> None:
+    """Not only of whole rows; and a .csv file may list paths."""
+    for row in range(3):
+        (tmp_path / f"{row}.png").write_bytes(picture(10 * row))
+    lines = "".join(f"{tmp_path / str(row)}.png,{row / 4}\n" for row in range(3))
+    (tmp_path / "a.csv").write_text("image,label\n" + lines)
+    samples = load(tmp_path / "a.csv")
+    assert greys(samples) == [0, 10, 20]
+    assert samples.labels is not None and samples.labels.tolist() == [0, 0.25, 0.5]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_missing_quantity_is_refused_by_its_row(ending: str, tmp_path: Path) -> None:
+    path = rows_file(tmp_path / f"a{ending}")
+    with pytest.raises(ValueError, match=r"data.label_column: row 1 of age is (None|nan); expected a number"):
+        load_rows(path, label_column="age")
+
+
+def test_missing_quantity_is_refused_by_its_row_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 1 of age"):
+        load_rows(rows_file(tmp_path / "a.csv"), label_column="age", filter="job=baker")
+
+
+def test_classes_with_gaps_do_not_stop_pretraining(tmp_path: Path) -> None:
+    """Nobody has asked for labels: a column of the usual name is there, with classes for some rows only."""
+    assert column(load_rows(rows_file(tmp_path / "a.csv", "x,label\n1,7\n2,\n3,8\n")), "x") == [1, 2, 3]
+
+
+def test_whole_rows_of_several_files(tmp_path: Path) -> None:
+    """A folder of .csv files or of .parquet files, or a pattern, in the order of their names."""
+    for ending in (".csv", ".parquet"):
+        folder = tmp_path / ending
+        folder.mkdir()
+        for number in (2, 1):
+            rows_file(folder / f"part-{number}{ending}", f"x,label\n{number},a\n{10 * number},b\n")
+        for source in (folder, folder / f"part-*{ending}"):
+            samples = load_rows(source)
+            assert column(samples, "x") == [1, 10, 2, 20]
+            assert samples.labels is not None and samples.labels.tolist() == [0, 1, 0, 1]
+
+
+def test_whole_rows_are_filtered_and_cut_with_their_labels_and_names(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "a.csv")
+    samples = load_rows(path, filter="label=yes", max_samples=2)
+    assert column(samples, "age") == [30, 41] and samples.labels is not None and samples.labels.tolist() == [0, 0]
+    assert [samples.name(i) for i in range(2)] == [f"{path}, row 0", f"{path}, row 2"]
+
+
+def test_whole_rows_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = datasets.Dataset.from_dict({"x": [1.5, 2.5], "label": ["b", "a"]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    samples = load_rows("someone/table")
+    assert list(samples.values) == [{"x": 1.5}, {"x": 2.5}]
+    assert samples.labels is not None and samples.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("source", "arguments", "message"),
+    [
+        ("a.csv", {"column": "age"}, "data.column: found age; a sample of row is a whole row"),
+        ("a.csv", {"label_column": "sex"}, "data.label_column: expected sex; found the columns age, job, own, label"),
+        ("a.csv", {"filter": "sex=f"}, "data.filter.*expected COLUMN=VALUE.*age, job, own, label"),
+        ("a.npz", {}, r"found .*a.npz; expected a table of whole rows: \.parquet or \.csv"),
+        ("empty", {}, r"found no table in .*empty; expected \.parquet or \.csv files"),
+        ("none.csv", {}, "no file .*none.csv; expected an existing csv file or a pattern"),
+        ("none-*.csv", {}, r"no file .*none-\*.csv; expected an existing csv file or a pattern"),
+        ("blank.csv", {}, "cannot load .*blank.csv"),
+        ("head.csv", {}, "cannot load .*head.csv.*no data"),
+    ],
+)
+def test_tables_that_are_no_rows(source: str, arguments: dict[str, str], message: str, tmp_path: Path) -> None:
+    rows_file(tmp_path / "a.csv")
+    archive_of(tmp_path / "a.npz")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.csv").write_text("")
+    (tmp_path / "head.csv").write_text("age,job\n")
+    with pytest.raises(ValueError, match=message):
+        load_rows(tmp_path / source, **arguments)
+
+
+def test_folder_of_tables_is_none_of_images(tmp_path: Path) -> None:
+    rows_file(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"no image file in .*ending in \.png"):
+        load(tmp_path)

@@ -1,6 +1,7 @@
 """Tests of ``mmssl embed``: what is in the file is what the model says of each sample, under its own name."""
 
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,13 +15,13 @@ from mmssl.evaluation import embed
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 
-IMAGES = {"image": {"image_size": 8, "patch_size": 4, "num_channels": 1}}
+IMAGES: dict[str, dict[str, Any]] = {"image": {"image_size": 8, "patch_size": 4, "num_channels": 1}}
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     MMSSLModel(MMSSLConfig(modalities=IMAGES, **shape)).save_pretrained(tmp_path / "run")
     MMSSLProcessor(MMSSLFeatureExtractor(IMAGES)).save_pretrained(tmp_path / "run")
     return tmp_path / "run"

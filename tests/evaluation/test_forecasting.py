@@ -1,6 +1,7 @@
 """Tests of forecasting: which windows count, what the head is fitted to, and what an error is the error of."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from sklearn.linear_model import Ridge
 from mmssl.cli import COMMANDS
 from mmssl.data import DataArguments
 from mmssl.evaluation.forecasting import PENALTIES, fit_head, forecast, standardized, windows
-from mmssl.modeling import MMSSLConfig, MMSSLModel, make_modality
+from mmssl.modalities.time_series import TimeSeries
+from mmssl.modeling import MMSSLConfig, MMSSLModel
 
 SPLITS = (0.6, 0.8, 1.0)
-OPTIONS = {"patch_length": 4, "num_channels": 2}
+OPTIONS: dict[str, Any] = {"patch_length": 4, "num_channels": 2}
 
 
 def waves(steps: int = 200) -> np.ndarray:
@@ -34,7 +36,7 @@ def table(tmp_path: Path) -> str:
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     MMSSLModel(MMSSLConfig(modalities={"time_series": OPTIONS}, **shape)).save_pretrained(tmp_path / "run")
     return tmp_path / "run"
 
@@ -89,11 +91,11 @@ def test_raw_row_is_ridge_regression_of_normalised_windows(checkpoint: Path, tab
 def test_the_head_reads_each_channel_alone() -> None:
     """Another value in channel 1 changes no forecast of channel 0: the order of rows and tokens is right."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = MMSSLModel(MMSSLConfig(modalities={"time_series": OPTIONS}, **shape)).eval()
     series = standardized(torch.from_numpy(waves()), SPLITS, "waves")
     parts = windows(series, SPLITS, 12, 6)
-    forecaster = fit_head(make_modality("time_series", OPTIONS), model, parts, 64)
+    forecaster = fit_head(TimeSeries(**OPTIONS), model, parts, 64)
     batch, future = next(parts[2].batches(8))
     changed = batch | {"series": batch["series"] + torch.tensor([0.0, 1.0]) * torch.randn(8, 12, 1)}
     with torch.no_grad():
@@ -138,8 +140,8 @@ def test_splits_that_leave_nothing(checkpoint: Path, table: str, splits, look_ba
 
 
 def test_what_is_no_series_is_refused(tmp_path: Path, table: str) -> None:
-    options = {"image": {"image_size": 8, "patch_size": 4, "num_channels": 1}}
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options: dict[str, Any] = {"image": {"image_size": 8, "patch_size": 4, "num_channels": 1}}
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     MMSSLModel(MMSSLConfig(modalities=options, **shape)).save_pretrained(tmp_path / "image")
     with pytest.raises(ValueError, match="modality: found image; expected one of series, time_series"):
         forecast([tmp_path / "image"], DataArguments(table))

@@ -49,6 +49,52 @@ def graphs(count: int) -> list[Any]:
     return made
 
 
+TABLE: list[dict[str, Any]] = [
+    {"name": "size", "kind": "numerical", "mean": 1.0, "std": 2.0, "min": -8.0, "max": 9.0, "missing": 0.1},
+    {"name": "colour", "kind": "categorical", "categories": ["blue", "green", "red"], "missing": 0.1},
+    {"name": "weight", "kind": "numerical", "mean": 0.0, "std": 1.0, "min": -5.0, "max": 5.0, "missing": 0.0},
+    {"name": "word", "kind": "categorical", "buckets": 5, "missing": 0.0},
+    {"name": "age", "kind": "numerical", "mean": 40.0, "std": 20.0, "min": 0.0, "max": 99.0, "missing": 0.0},
+    {"name": "yes", "kind": "categorical", "categories": [False, True], "missing": 0.0},
+]
+
+
+def rows(count: int) -> list[Any]:
+    """Rows of a table with columns of every kind."""
+    generator = np.random.default_rng(0)
+    return [
+        {
+            "size": generator.normal(1, 2),
+            "colour": str(generator.choice(["blue", "green", "red"])),
+            "weight": generator.normal(),
+            "word": f"word {generator.integers(30)}",
+            "age": int(generator.integers(80)),
+            "yes": bool(generator.integers(2)),
+        }
+        for _ in range(count)
+    ]
+
+
+def series(count: int) -> list[Any]:
+    """A wave and the same one smaller and later, of different pitches and lengths, the second with a gap."""
+    generator = np.random.default_rng(0)
+    made = []
+    for steps in range(33, 33 + 3 * count, 3):
+        time = np.arange(steps) - [[0], [5]]
+        made.append(np.sin(generator.uniform(0.1, 0.5) * time) * [[5.0], [0.1]] + [[0.0], [100.0]])
+        made[-1][1, 9:15] = np.nan
+    return made
+
+
+def clips(count: int) -> list[Any]:
+    """Digits that go round to the right, each at a speed of its own."""
+    speeds = np.arange(count) % 3 + 1
+    return [
+        np.stack([np.roll(digit, speed * time, axis=1) for time in range(4)])
+        for digit, speed in zip(images(count), speeds, strict=True)
+    ]
+
+
 MODALITIES: dict[str, tuple[dict[str, Any], Callable[[int], list[Any]]]] = {
     "image": ({"image_size": 8, "patch_size": 2, "num_channels": 1, "normalize_target": False}, images),
     "speech": (
@@ -67,8 +113,26 @@ MODALITIES: dict[str, tuple[dict[str, Any], Callable[[int], list[Any]]]] = {
         clouds,
     ),
     "graph": ({"num_features": 12, "random_walk_steps": 4, "drop_edges": 0.1, "mask_features": 0.1}, graphs),
+    "tabular": ({"schema": TABLE, "corruption_ratio": 0.2}, rows),
+    "time_series": (
+        {"patch_length": 8, "jitter": 0.02, "scale": [0.8, 1.2], "time_warp": 0.1, "crop_scale": [0.9, 1.0]},
+        series,
+    ),
+    "video": (
+        {
+            "num_frames": 4,
+            "frame_stride": 1,
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "normalize_target": False,
+            "horizontal_flip": 0.5,
+        },
+        clips,
+    ),
 }
 SMALL_DECODER = {"decoder_hidden_size": 16, "decoder_attention_heads": 2}
+SMALL_PREDICTOR = {"predictor_layers": 1, "predictor_hidden_size": 16, "predictor_attention_heads": 2}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "MaskedReconstruction": [
         {"corruption": "drop", "decoder_layers": 1, **SMALL_DECODER},
@@ -84,9 +148,46 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
         },
         {"corruption": "alter", "decoder_layers": 1, "head_layers": 1, "head_norm": True, **SMALL_DECODER},
     ],
+    "LatentPrediction": [
+        {**SMALL_PREDICTOR},
+        {
+            "num_targets": [2],
+            "target_scale": [[0.2, 0.5]],
+            "context": "first",
+            "context_scale": [0.2, 0.4],
+            "distance": "l2",
+            "normalize_target": False,
+            **SMALL_PREDICTOR,
+        },
+        {
+            "num_targets": [1, 1],
+            "target_blocks": [3, 1],
+            "target_scale": [[0.15, 0.15], [0.5, 0.5]],
+            "context": "complement",
+            "distance": "l1",
+            **SMALL_PREDICTOR,
+        },
+        {
+            "num_targets": [3],
+            "target_scale": [[0.3, 0.3]],  # of a graph's nodes: with more, some keep no neighbour to tell them apart by
+            "target_style": "random",
+            "context": "complement",
+            "average_layers": [1, 2],
+            "distance": "l2",
+            **SMALL_PREDICTOR,
+        },
+    ],
 }
+
+
+def with_its_masks(modality: str, options: dict[str, Any]) -> dict[str, Any]:
+    """These options of an objective, with random masks where the modality has no others."""
+    styles = make_modality(modality, {}).mask_styles
+    return options if options.get("mask_style", "random") in styles else options | {"mask_style": "random"}
+
+
 ALL = [
-    (modality, objective, options)
+    (modality, objective, with_its_masks(modality, options))
     for modality in names("modalities")
     for objective in find_all("objectives", Objective)
     for options in OBJECTIVES.get(objective, [])
@@ -112,4 +213,5 @@ def build(modality: str, objective: str, options: dict[str, Any], **config: Any)
 
 
 def make_batch(adapter: Modality, count: int) -> dict[str, Any]:
-    return adapter.collate([adapter.prepare(sample) for sample in MODALITIES[adapter.name][1](count)])
+    samples = MODALITIES[adapter.name][1](count)
+    return adapter.collate([adapter.excerpt(adapter.prepare(sample), None) for sample in samples])

@@ -1,0 +1,25 @@
+"""Pretrain an encoder of time series as PatchTST does, and probe it.
+
+    accelerate launch examples/pretrain_time_series.py              # a UEA set that aeon brings
+    accelerate launch examples/pretrain_time_series.py --data SET_TRAIN.ts
+    accelerate launch examples/pretrain_time_series.py --config examples/recipes/patchtst_etth1.yaml --data FILE.csv
+
+The flags are those of ``mmssl pretrain``; ``--help`` lists them.
+"""
+
+from pathlib import Path
+
+from mmssl.cli import clear_errors, parse_pretrain
+from mmssl.evaluation import report
+from mmssl.training import load_objective, pretrain
+
+
+def main() -> None:
+    arguments = parse_pretrain(recipe=Path(__file__).parent / "recipes" / "patchtst_uea.yaml")
+    run = pretrain(**arguments)
+    report(run, load_objective(run), arguments["data"])
+
+
+if __name__ == "__main__":
+    with clear_errors(Path(__file__).name):
+        main()
