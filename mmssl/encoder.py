@@ -242,6 +242,7 @@ class Encoder(nn.Module):
         edges: Tensor | None = None,
         keep_layers: Sequence[int] = (),
         prefix: Tensor | None = None,
+        prior: Tensor | None = None,
     ) -> EncoderOutput:
         """Encode a batch.
 
@@ -252,6 +253,10 @@ class Encoder(nn.Module):
             edges: (2, E) long as in ``Tokens``, or None where all valid tokens of a row attend to each other.
             keep_layers: blocks (from 1) whose outputs are returned too.
             prefix: (B, number, D) tokens to put first. None: the encoder's own class and register tokens.
+            prior: (B, N, N) added to the scores of attention, as in ``Tokens``, or None.
+
+        Raises:
+            ValueError: a prior with edges, or with an attention function other than "sdpa" and "eager".
         """
         dtype = next(self.parameters()).dtype  # the residual stream keeps the precision of the weights under autocast
         hidden, position = content.to(dtype), position.to(dtype)
@@ -262,7 +267,7 @@ class Encoder(nn.Module):
         first = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             hidden = torch.cat([prefix.to(hidden.dtype), hidden], dim=1)
-        mask = self.attention_mask(hidden, valid, edges)
+        mask = self.attention_mask(hidden, valid, edges, prior)
         if self.config.norm_position == "post":
             hidden = self.norm(hidden)
         hidden = self.dropout(hidden)
@@ -278,10 +283,15 @@ class Encoder(nn.Module):
             hidden = self.norm(hidden)
         return EncoderOutput(tokens=hidden[:, first:], prefix=hidden[:, :first], layers=layers)
 
-    def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None) -> Any:
+    def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None, prior: Tensor | None = None) -> Any:
         """What the chosen attention function wants; None where everything may attend to everything."""
         prefix = hidden.shape[1] - valid.shape[1]
         padded = nn.functional.pad(valid, (prefix, 0), value=True)
+        if prior is not None:
+            if edges is not None or self.config._attn_implementation not in ("sdpa", "eager"):
+                raise ValueError("tokens with an attention prior need attn_implementation sdpa or eager, and no edges")
+            bias = nn.functional.pad(prior.to(hidden.dtype), (prefix, 0, prefix, 0))
+            return bias.masked_fill(~padded[:, None, :], torch.finfo(hidden.dtype).min)[:, None]
         if edges is None:
             return create_bidirectional_mask(config=cast(Any, self.config), inputs_embeds=hidden, attention_mask=padded)
         batch, length = valid.shape

@@ -125,7 +125,8 @@ class MMSSLModel(PreTrainedModel):
             keep_layers: blocks (from 1) whose outputs are returned too.
         """
         content = modality.embed(tokens) if content is None else content
-        return self.encoder(content, modality.position(tokens.coords), tokens.valid, tokens.edges, keep_layers)
+        position = modality.position(tokens.coords)
+        return self.encoder(content, position, tokens.valid, tokens.edges, keep_layers, prior=tokens.prior)
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -20,6 +20,8 @@ class Tokens:
         edges: (2, E) long, optional: token ``edges[0]`` may be read by token ``edges[1]``, both as flat indices
             ``row * N + position``. None: all valid tokens of a row read each other.
         sample: (B,) long, optional: the sample each row belongs to, where one has several rows. None: row = sample.
+        prior: (B, N, N) float, optional: added to what token j (last axis) scores with token i before the softmax of
+            each attention, for what is known beforehand of how much tokens matter to each other.
     """
 
     content: Tensor
@@ -27,6 +29,7 @@ class Tokens:
     valid: Tensor
     edges: Tensor | None = None
     sample: Tensor | None = None
+    prior: Tensor | None = None
 
     def select(self, index: Tensor, valid: Tensor) -> "Tokens":
         """The tokens at ``index``, (B, K) long; edges to other tokens are dropped.
@@ -48,6 +51,7 @@ class Tokens:
             coords=gather(self.coords, index),
             valid=valid,
             edges=edges,
+            prior=None if self.prior is None else gather(gather(self.prior, index).transpose(1, 2), index).mT,
         )
 
     def repeat(self, times: int) -> "Tokens":
@@ -72,6 +76,7 @@ class Tokens:
             valid=self.valid.repeat_interleave(times, dim=0),
             edges=edges,
             sample=sample.repeat_interleave(times, dim=0),
+            prior=None if self.prior is None else self.prior.repeat_interleave(times, dim=0),
         )
 
     def pool(self, hidden: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -188,7 +189,7 @@ class Image(Modality):
             filling = others
         filling = torch.where(swapped[:, None, None], others, filling)
         altered = torch.where(where[..., None], filling, content)
-        return Tokens(altered, tokens.coords, tokens.valid, tokens.edges, tokens.sample), where
+        return replace(tokens, content=altered), where
 
     def target(self, tokens: Tokens) -> Tensor:
         """Pixels of a patch, as they are or normalised by the patch's mean and unbiased variance."""

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -240,7 +241,7 @@ class Speech(Modality):
         result = result + noise * noisy
         if not self.time_ratio and not self.frequency_ratio:
             altered = valid[..., None].expand_as(content)
-        return Tokens(result, tokens.coords, valid, tokens.edges, tokens.sample), altered
+        return replace(tokens, content=result), altered
 
     def time_blocks(self, valid: Tensor, uniform) -> tuple[Tensor, Tensor]:
         """Frames inside blocks (B, N), and for each frame the one that would replace it (B, N)."""

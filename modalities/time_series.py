@@ -42,6 +42,7 @@ class TimeSeries(Modality):
         distance: "l2" (PatchTST) or "l1" error of a step.
         num_motifs: with "values_and_shapes", motifs K of each channel.
         motif_length: steps of a motif.
+        motif_prior: attention prior: the scores of a motif's token fall by so many times its distance from the series.
         jitter: a view gets noise of this standard deviation, where that of a normalised series is 1.
         scale: a view multiplies each channel by a factor between these two; the instance norm takes it off again.
         time_warp: a view changes its speed smoothly; standard deviation of the logarithm of the speed.
@@ -75,6 +76,7 @@ class TimeSeries(Modality):
         distance: Literal["l1", "l2"] = "l2",
         num_motifs: int = 8,
         motif_length: int = 16,
+        motif_prior: float = 0.0,
         jitter: float = 0.0,
         scale: Sequence[float] = (1.0, 1.0),
         time_warp: float = 0.0,
@@ -94,7 +96,7 @@ class TimeSeries(Modality):
         self.patch_length, self.stride, self.token_style = patch_length, stride, token_style
         self.channel_independent, self.instance_norm = channel_independent, instance_norm
         self.max_length, self.max_span, self.distance = max_length, max_span, distance
-        self.num_motifs, self.motif_length = num_motifs, motif_length
+        self.num_motifs, self.motif_length, self.motif_prior = num_motifs, motif_length, motif_prior
         self.jitter, self.scale, self.time_warp = jitter, tuple(scale), time_warp
         self.crop_scale, self.frequency_mask = tuple(crop_scale), frequency_mask
         self.time_column, self.series_column, self.channel_column = time_column, series_column, channel_column
@@ -331,12 +333,21 @@ class TimeSeries(Modality):
         if not self.channel_independent:
             coords = torch.stack([lane, number], dim=-1).flatten(0, 1).float()
             valid = valid[:, None].expand(-1, channels, -1).flatten(1)
-            return Tokens(content.flatten(1, 2), coords.expand(count, -1, -1), valid)
+            content = content.flatten(1, 2)
+            return Tokens(content, coords.expand(count, -1, -1), valid, prior=self.prior(content))
         coords = torch.stack([kind, number[0]], dim=-1)[:, -self.axes :].float()
         rows = count * channels
         sample = torch.arange(count, device=device).repeat_interleave(channels) if channels > 1 else None
         valid = valid.repeat_interleave(channels, dim=0)
-        return Tokens(content.flatten(0, 1), coords.expand(rows, -1, -1), valid, sample=sample)
+        content = content.flatten(0, 1)
+        return Tokens(content, coords.expand(rows, -1, -1), valid, sample=sample, prior=self.prior(content))
+
+    def prior(self, content: Tensor) -> Tensor | None:
+        """(rows, N, N) the attention prior of contents (rows, N, 2, V): 0 for intervals."""
+        if self.token_style == "patches" or not self.motif_prior:
+            return None
+        distance = content[:, :, 0, STATISTICS]  # that of intervals is 0
+        return -self.motif_prior * distance[:, None].expand(-1, content.shape[1], -1)
 
     @property
     def axes(self) -> int:

@@ -488,3 +488,32 @@ def test_heads_that_do_not_divide_the_width_are_refused() -> None:
 def test_a_choice_that_does_not_exist_is_refused(option: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{option}.*{value}"):
         Encoder(config(**{option: value}))
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_prior_is_added_to_the_scores_of_attention(kind: str) -> None:
+    """Against attention of one block written out: with keys that padding hides, and a class token that has no prior."""
+    torch.manual_seed(0)
+    config = EncoderConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, class_token=True)
+    config._attn_implementation = kind  # type: ignore[misc]
+    encoder = Encoder(config).eval()
+    content, position, prior = torch.randn(2, 5, 8), torch.randn(2, 5, 8), 3 * torch.randn(2, 5, 5)
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    valid[1, 3:] = False
+    found = encoder(content, position, valid, prior=prior)
+    layer: Any = encoder.layers[0]
+    attention = layer.attention
+    for row in range(2):
+        hidden = torch.cat([encoder.prefix_tokens[0], content[row] + position[row]])
+        query, key, value = attention.qkv(layer.norm1(hidden)).chunk(3, dim=-1)
+        read = []
+        for head in (slice(0, 4), slice(4, 8)):
+            scores = query[:, head] @ key[:, head].T / 2
+            scores[1:, 1:] += prior[row]
+            scores[:, 1:][:, ~valid[row]] = -torch.inf
+            read.append(scores.softmax(dim=-1) @ value[:, head])
+        hidden = hidden + attention.proj(torch.cat(read, dim=-1))
+        hidden = encoder.norm(hidden + layer.mlp(layer.norm2(hidden)))
+        torch.testing.assert_close(found.tokens[row][valid[row]], hidden[1:][valid[row]], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="attention prior need attn_implementation sdpa or eager, and no edges"):
+        encoder(content, position, valid, torch.zeros(2, 1, dtype=torch.long), prior=prior)

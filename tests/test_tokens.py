@@ -210,3 +210,18 @@ def test_gather_takes_whole_tokens(shape: tuple[int, ...]) -> None:
     index = torch.randint(LENGTH, (ROWS, 5), generator=generator)
     expected = torch.stack([torch.stack([values[row, place] for place in index[row]]) for row in range(ROWS)])
     assert torch.equal(gather(values, index), expected)
+
+
+def test_priors_follow_their_tokens() -> None:
+    """Both tokens of a pair are selected, in the order of the index; copies of a row have the row's own."""
+    prior = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    tokens = Tokens(torch.zeros(2, 4, 1), torch.zeros(2, 4, 1), torch.ones(2, 4, dtype=torch.bool), prior=prior)
+    index = torch.tensor([[2, 0], [1, 3]])
+    selected = tokens.select(index, torch.ones(2, 2, dtype=torch.bool)).prior
+    assert selected is not None
+    for row, order in enumerate(index.tolist()):
+        for i, reader in enumerate(order):
+            for j, other in enumerate(order):
+                assert selected[row, i, j] == prior[row, reader, other]
+    repeated = tokens.repeat(2).prior
+    assert repeated is not None and torch.equal(repeated, prior[[0, 0, 1, 1]])

@@ -57,8 +57,8 @@ def evaluate(
             with the packages, and of others a stratified fifth of the labels that is held out.
         protocols: names of ``PROTOCOLS``.
         modality: which modality of a model that has several.
-        pooling: from tokens to samples: "mean", "max", "sum", "mean_max", or "flatten", all tokens side by side. Raw
-            features are the modality's own.
+        pooling: from tokens to samples: "mean", "max", "sum", "mean_max"; "mean_rows", that of each channel of a
+            series; or "flatten", all tokens side by side. Raw features are the modality's own.
 
     Raises:
         ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, or a pooling

@@ -13,7 +13,7 @@ from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
 
 Extractor = Callable[[Batch], Tensor]
-Pooling = Literal["mean", "max", "sum", "mean_max", "flatten"]
+Pooling = Literal["mean", "max", "sum", "mean_max", "mean_rows", "flatten"]
 
 
 def features_of(
@@ -59,8 +59,8 @@ def pooled(model: MMSSLModel, pooling: Pooling = "mean") -> Extractor:
     Args:
         model: the encoder.
         pooling: "mean", the model's ``pooler_output``, "max" or "sum", (B, D); "mean_max", both side by side, (B, 2 D);
-            or "flatten", all of a sample's tokens side by side, (B, N D), class and register tokens too, which the
-            others leave out.
+            "mean_rows", the means of a sample's rows (the channels of a series) side by side; or "flatten", all of its
+            tokens side by side, (B, N D), class and register tokens too, which the others leave out.
     """
     model.eval()
     prefix = model.encoder.num_prefix_tokens
@@ -78,6 +78,9 @@ def pooled(model: MMSSLModel, pooling: Pooling = "mean") -> Extractor:
             if not valid.all():
                 raise ValueError("pooling: found flatten, and samples of different lengths; use mean, max or mean_max")
             return hidden.flatten(1)
+        if pooling == "mean_rows":
+            hidden, valid = (each.unflatten(1, (-1, out.token_mask.shape[1] - prefix)) for each in (hidden, valid))
+            return ((hidden * valid).sum(dim=2) / valid.sum(dim=2).clamp(min=1)).flatten(1)
         if pooling == "sum":
             return (hidden * valid).sum(dim=1)
         largest = hidden.masked_fill(~valid, -torch.inf).amax(dim=1)

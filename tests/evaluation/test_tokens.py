@@ -116,6 +116,21 @@ def test_flatten_puts_all_tokens_of_a_sample_side_by_side(monkeypatch: pytest.Mo
     np.testing.assert_allclose(twice, np.concatenate([found, found], axis=1), atol=1e-5)
 
 
+def test_mean_rows_puts_the_means_of_channels_side_by_side() -> None:
+    """Series of different lengths, one channel of one series at a time."""
+    torch.manual_seed(0)
+    options = {"time_series": {"patch_length": 4, "num_channels": 2}}
+    model = MMSSLModel(MMSSLConfig(modalities=options, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    (modality,) = model.adapters.values()
+    series = [np.random.default_rng(steps).standard_normal((2, steps)) for steps in (12, 20, 33)]
+    dataset = PreparedSamples(Samples(series, str), modality)
+    (found,) = extract(dataset, [pooled(model, "mean_rows")], "cpu")
+    assert found.shape == (3, 32)
+    for row, each in zip(found, series, strict=True):
+        hidden = model(**modality.collate([modality.prepare(each)])).last_hidden_state.detach()
+        np.testing.assert_allclose(row, np.concatenate([channel.mean(0) for channel in hidden.numpy()]), atol=1e-5)
+
+
 def test_flatten_refuses_samples_of_different_lengths() -> None:
     model = make()
     (modality,) = model.adapters.values()

@@ -858,3 +858,19 @@ def test_tokens_can_be_chosen() -> None:
     )
     torch.testing.assert_close(tokens.pool(hidden), expected)
     torch.testing.assert_close(tokens.repeat(2).pool(hidden.repeat_interleave(2, 0)), expected)
+
+
+@pytest.mark.parametrize("channel_independent", [True, False])
+def test_motif_prior_is_the_distance_of_each_motif(channel_independent: bool) -> None:
+    options = VALUES_AND_SHAPES | {"channel_independent": channel_independent, "patch_length": 6}
+    modality = TimeSeries(**options, motif_prior=0.5)
+    values = [np.random.default_rng(seed).standard_normal((2, 30)) for seed in range(3)]
+    modality.fit(Samples(values, str))
+    tokens = modality.tokenize(modality.collate([modality.prepare(each) for each in values]))
+    assert tokens.prior is not None and tokens.prior.shape == (*tokens.valid.shape, tokens.valid.shape[1])
+    kind = tokens.coords[..., 0].long() % 2  # 1: motifs
+    for row, column in np.ndindex(*tokens.valid.shape):
+        distance = tokens.content[row, column, 0, 5] if kind[row, column] else torch.zeros(())
+        assert torch.equal(tokens.prior[row, :, column], (-0.5 * distance).expand(tokens.valid.shape[1]))
+    assert (tokens.prior < 0).any()
+    assert TimeSeries(**options, motifs=modality.motifs, num_channels=2).prior(tokens.content) is None
