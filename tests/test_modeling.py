@@ -22,6 +22,7 @@ from mmssl import MMSSLConfig, MMSSLFeatureExtractor, MMSSLModel, MMSSLProcessor
 from mmssl.discovery import names
 from mmssl.encoder import EncoderConfig
 from mmssl.modeling import make_modality
+from tests.matrix.cases import MODALITIES
 
 IMAGE: dict[str, Any] = {"image_size": (8, 12), "patch_size": 4, "num_channels": 1, "alteration_ratio": (0.2, 0.4)}
 SPEECH: dict[str, Any] = {
@@ -152,7 +153,7 @@ def test_loads_with_a_device_map(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
 def test_buffers_are_the_same_after_loading(name: str, tmp_path: Path) -> None:
     """from_pretrained builds on the meta device, and leaves buffers that are not in the checkpoint to chance."""
-    model = MMSSLModel(make_config(hidden_size=48, modalities={name: {}}))
+    model = MMSSLModel(make_config(hidden_size=48, modalities={name: MODALITIES[name][0]}))
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     expected, found = dict(model.named_buffers()), dict(loaded.named_buffers())

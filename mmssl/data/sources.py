@@ -135,7 +135,7 @@ def from_table(arguments: DataArguments, modality: Modality, loader: str, **opti
             "parquet or csv file, a folder that exists here, or the name of a data set on the Hub"
         ) from error
     for name, feature in table.features.items():
-        if hasattr(feature, "decode") and isinstance(feature, datasets.Image | datasets.Audio):
+        if hasattr(feature, "decode") and isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
             table = table.cast_column(name, type(feature)(decode=False))
     rows = np.arange(len(table))
     if arguments.filter:

@@ -28,7 +28,7 @@ from mmssl.randomness import keyed_generator
 
 M = TypeVar("M", bound=nn.Module)
 
-PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
+PENALTIES = (10.0, 100.0, 1e3, 1e4, 1e5)
 
 
 @dataclass

@@ -387,7 +387,7 @@ def test_sizes_are_the_same_in_a_batch_and_places_are_not(name: str) -> None:
     assert len(sizes) > 1 or name == "data2vec"  # drawn anew for each batch
 
 
-@pytest.mark.parametrize("shares", [(0.136, 0.156), (0.368, 0.622), (0.5, 0.5), (0.3, 1.0), (1.0, 0.2)], ids=str)
+@pytest.mark.parametrize("shares", [(0.136, 0.156), (0.368, 0.622), (0.5, 0.5), (0.3, 1.0), (0.95, 0.2)], ids=str)
 def test_sizes_of_random_parts_equal_a_slow_count(shares: tuple[float, float]) -> None:
     """T-JEPA: Python's ``round(columns * share)``, at least one, and targets of what the context has left."""
     objective = make(
