@@ -1,4 +1,4 @@
-"""The ``mmssl`` command: pretrain, evaluate, forecast, embed, list."""
+"""The ``mmssl`` command: pretrain, evaluate, finetune, forecast, embed, list."""
 
 import json
 import sys
@@ -72,6 +72,23 @@ def evaluate_command(arguments: Sequence[str]) -> None:
         Path(config.output).write_text(json.dumps([asdict(score) for score in scores], indent=2))
 
 
+def finetune_command(arguments: Sequence[str]) -> None:
+    """Train a pretrained encoder and a head on labels, beside an untrained encoder."""
+    from mmssl.evaluation import print_scores
+    from mmssl.evaluation.finetuning import finetune
+
+    parser = ArgumentParser(prog="mmssl finetune", description=finetune_command.__doc__)
+    parser.add_argument("checkpoints", nargs="+", help="Folders or Hub names; several are seeds of one recipe.")
+    parser.add_function_arguments(finetune, skip={"checkpoints"})
+    parser.add_argument("--output", default=None, help="JSON file to write the scores to.")
+    config = vars(parser.instantiate(parser.parse_args(with_source(arguments))))
+    output = config.pop("output")
+    scores = finetune(**config)
+    print_scores(scores, title=" ".join(config["checkpoints"]))
+    if output:
+        Path(output).write_text(json.dumps([asdict(score) for score in scores], indent=2))
+
+
 def forecast_command(arguments: Sequence[str]) -> None:
     """Forecast a long series with a pretrained encoder, beside its raw windows and untrained encoders."""
     from mmssl.evaluation.forecasting import forecast, print_forecasts
@@ -136,6 +153,7 @@ def pretrain_command(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "pretrain": pretrain_command,
     "evaluate": evaluate_command,
+    "finetune": finetune_command,
     "forecast": forecast_command,
     "embed": embed_command,
     "list": list_command,
