@@ -51,17 +51,18 @@ class PatchTST(nn.Module):
 def main() -> None:
     parser = pretrain_parser()
     parser.add_argument("--name", type=str, required=True, help="Plain name of the data: ETTh1.")
+    parser.add_argument("--runs", nargs="+", default=[], help="Finished runs of these seeds, in place of pretraining.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_function_arguments(forecast, skip={"checkpoints", "data", "modality", "learning_rate"})
     parser.add_argument("--fine_tune_learning_rate", type=float, default=1e-4)
     config = parser.parse_args(with_source(sys.argv[1:]))
     given = parser.instantiate(config)
-    base, runs = Path(given.train.output_dir), []
+    base, runs = Path(given.train.output_dir), [Path(run) for run in given.runs]
     whole = given.modality.prepare(load_samples(given.data, given.modality).values[0])["series"]
     training_part = base / "training_part"
     training_part.mkdir(parents=True, exist_ok=True)
     np.save(training_part / "series.npy", whole[: ends_of(len(whole), given.splits)[0]].T.numpy())
-    for seed in given.seeds:
+    for seed in given.seeds if not runs else ():
         train = replace(given.train, seed=seed, output_dir=str(base / f"seed{seed}"))
         data = replace(given.data, source=str(training_part))
         runs.append(pretrain(given.modality, given.objective, given.encoder, data, train))

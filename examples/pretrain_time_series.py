@@ -1,6 +1,7 @@
 """Pretrain an encoder of time series as PatchTST does, and probe it.
 
-    accelerate launch examples/pretrain_time_series.py              # a UEA set that aeon brings
+    accelerate launch examples/pretrain_time_series.py              # outlines of arrow heads, from aeon
+    accelerate launch examples/pretrain_time_series.py --data aeon:JapaneseVowels:train --modality.patch_length 2
     accelerate launch examples/pretrain_time_series.py --data SET_TRAIN.ts
     accelerate launch examples/pretrain_time_series.py --config examples/recipes/patchtst_etth1.yaml --data FILE.csv
 

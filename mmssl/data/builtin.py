@@ -47,6 +47,18 @@ def moving_digits(split: str) -> Samples:
     return Samples(clips, f"moving_digits {split}, clip {{}}".format, clips.labels, clips.classes)
 
 
+def arrow_head(split: str) -> Samples:
+    """UCR's outlines of arrow heads, series of 251 steps, of three types: 36 in "train", 175 in "test" (from aeon)."""
+    checked(split, "arrow_head")
+    try:
+        from aeon.datasets import load_classification
+    except ImportError as error:
+        raise ImportError('arrow_head comes with aeon: pip install "mmssl[time_series]"') from error
+    series, types = load_classification("ArrowHead", split=split)
+    classes, labels = np.unique(types, return_inverse=True)
+    return Samples(series, f"arrow_head {split}, series {{}}".format, labels, classes.tolist())
+
+
 def digits_graph(split: str) -> Samples:
     """One graph: scikit-learn's 1,797 handwritten digits, each joined to its 8 nearest ones by their pixels.
 
@@ -69,7 +81,7 @@ def digits_graph(split: str) -> Samples:
 
 def digits_table(split: str) -> Samples:
     """The handwritten digits as a table: a column for each of the 64 pixels, in the splits of "digits"."""
-    images = digits(split)
+    images = digits(checked(split, "digits_table"))
     pixels = np.asarray(images.values).reshape(len(images), 64)
     columns = {f"pixel_{number}": column for number, column in enumerate(pixels.T)}
     return Samples(Rows(columns), f"digits_table {split}, row {{}}".format, images.labels, images.classes)
@@ -111,6 +123,7 @@ BUILTIN: dict[str, Callable[[str], Samples]] = {
     "espeak_digits": espeak_digits,
     "shapes": shapes,
     "moving_digits": moving_digits,
+    "arrow_head": arrow_head,
     "digits_graph": digits_graph,
     "digits_table": digits_table,
     "breast_cancer": breast_cancer,
