@@ -62,7 +62,7 @@ class TimeSeries(Modality):
     inputs: ClassVar = ("series", "observed_mask", "attention_mask")
     extensions: ClassVar = (".csv", ".npy", ".npz")
     columns: ClassVar = ("X", "x", "series", "values", "time_series")
-    mask_styles: ClassVar = ("random", "block")
+    mask_styles: ClassVar = ("random", "block", "future")
 
     def __init__(
         self,
@@ -403,9 +403,11 @@ class TimeSeries(Modality):
         return between(filled, below, share).transpose(1, 2).flatten(1)
 
     def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
-        """ "block": spans of time, in all channels of the row."""
+        """ "block": spans of time, in all channels of the row. "future": what comes last, which is then forecast."""
         if style == "random":
             return super().hiding_order(tokens, generator, style)
+        if style == "future":
+            return -tokens.coords[..., -1]
         return block_order(replace(tokens, coords=tokens.coords[..., -1:]), [self.max_span], generator)
 
     def region(

@@ -177,6 +177,18 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
             **SMALL_PREDICTOR,
         },
     ],
+    "Sum": [
+        {
+            "terms": {
+                "pixels": {
+                    "class_path": "MaskedReconstruction",
+                    "init_args": {"decoder_layers": 1, **SMALL_DECODER},
+                },
+                "latents": {"class_path": "LatentPrediction", "init_args": SMALL_PREDICTOR},
+            },
+            "weights": {"latents": 0.5},
+        },
+    ],
 }
 
 

@@ -874,3 +874,16 @@ def test_motif_prior_is_the_distance_of_each_motif(channel_independent: bool) ->
         assert torch.equal(tokens.prior[row, :, column], (-0.5 * distance).expand(tokens.valid.shape[1]))
     assert (tokens.prior < 0).any()
     assert TimeSeries(**options, motifs=modality.motifs, num_channels=2).prior(tokens.content) is None
+
+
+@pytest.mark.parametrize("channel_independent", [True, False])
+def test_future_hides_the_last_patches(channel_independent: bool) -> None:
+    """Of 8 patches at a ratio of a quarter the last two, whatever is drawn; of a shorter series its own last ones."""
+    modality = TimeSeries(patch_length=4, channel_independent=channel_independent)
+    batch = modality.collate([modality.prepare(np.random.default_rng(0).standard_normal((2, t))) for t in (32, 16)])
+    tokens = modality.tokenize(batch)
+    hidden = modality.mask(tokens, 0.25, torch.Generator().manual_seed(0), "future").hidden
+    time = tokens.coords[..., -1]
+    last = torch.where(tokens.valid, time, -1).amax(dim=1, keepdim=True)
+    patches = last + 1
+    assert torch.equal(hidden, tokens.valid & (time >= patches - (patches / 4)))
