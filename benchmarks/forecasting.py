@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=[], help="Finished runs of these seeds, in place of pretraining.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_function_arguments(forecast, skip={"checkpoints", "data", "modality", "learning_rate"})
+    parser.add_argument("--peer", type=bool, default=True, help="Train transformers' PatchTST too.")
     parser.add_argument("--fine_tune_learning_rate", type=float, default=1e-4)
     config = parser.parse_args(with_source(sys.argv[1:]))
     given = parser.instantiate(config)
@@ -72,7 +73,7 @@ def main() -> None:
 
     series = standardized(whole, given.splits, config.name)
     seen = given.train.max_train_steps * given.train.per_device_train_batch_size
-    for steps in given.horizon:
+    for steps in given.horizon if given.peer else ():
         parts = windows(series, given.splits, given.look_back, steps)
         epochs = given.fine_tune_epochs + round(seen / len(parts[0]))
         row = Forecast("PatchTST of transformers, from scratch", steps)
@@ -82,11 +83,10 @@ def main() -> None:
             row.mae.append(mae)
         found.append(row)
     print_forecasts(found, title=config.name)
-    sizes = len(windows(series, given.splits, given.look_back, given.horizon[0])[0])
-    scores = [
-        Score(f"horizon {each.horizon}", each.row, each.mse, sizes, len(parts[2]), "MSE of standardised values")
-        for each in found
-    ]
+    scores = []
+    for each in found:
+        fit, _, test = (len(part) for part in windows(series, given.splits, given.look_back, each.horizon))
+        scores.append(Score(f"horizon {each.horizon}", each.row, each.mse, fit, test, "MSE of standardised values"))
     append(scores, runs, "time_series", config.name, Path(str(config.config[0])).stem)
 
 
