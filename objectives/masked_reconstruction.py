@@ -106,9 +106,8 @@ class MaskedReconstruction(Objective):
                 raise ValueError(f"mask_ratio: found {mask_ratio}; expected a share between 0 and 1, both excluded")
             for modality in model.adapters.values():
                 if mask_style not in modality.mask_styles:
-                    raise ValueError(
-                        f"mask_style: found {mask_style!r}; {modality.name} offers {', '.join(modality.mask_styles)}"
-                    )
+                    offered = ", ".join(modality.mask_styles)
+                    raise ValueError(f"{modality.name} has no mask style {mask_style!r}; it offers: {offered}")
         if corruption == "drop" and not decoder_layers:
             raise ValueError(
                 "corruption='drop' needs a decoder to put dropped tokens back; set decoder_layers to 1 or more"

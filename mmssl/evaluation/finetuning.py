@@ -10,6 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
 
 from mmssl.data import DataArguments, PreparedSamples, Samples
 from mmssl.evaluation.evaluate import Score, fresh, load_model, pick_modality
@@ -19,7 +20,6 @@ from mmssl.evaluation.splits import check_labels, labelled_pair
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
 from mmssl.randomness import keyed_generator
-from mmssl.training.schedule import learning_rate as rate_at
 
 
 def finetune(
@@ -116,7 +116,8 @@ class Learner(nn.Module):
     ) -> None:
         """Train, and keep the epoch that is best on the validation data."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=peak, weight_decay=weight_decay)
-        total, step = epochs * -(-len(train) // batch_size), 0
+        total = epochs * -(-len(train) // batch_size)
+        schedule = get_cosine_schedule_with_warmup(optimizer, total // 10, total)
         best, kept = -np.inf, copy.deepcopy(self.state_dict())
         bar = tqdm(total=total, desc=f"fine-tune {title} {seed}", unit="step", mininterval=5)
         for epoch in range(epochs):
@@ -125,8 +126,6 @@ class Learner(nn.Module):
             for batch, labels in self.batches(
                 train, batch_size, torch.randperm(len(train), generator=generator).tolist()
             ):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate_at(step, total, total // 10, peak)
                 if self.regresses:
                     loss = nn.functional.mse_loss(self(batch)[:, 0], ((labels - self.mean) / self.std).float())
                 else:
@@ -135,7 +134,7 @@ class Learner(nn.Module):
                 loss.backward()
                 nn.utils.clip_grad_norm_(self.parameters(), 1.0)
                 optimizer.step()
-                step += 1
+                schedule.step()
                 bar.update()
             score = self.score(validation, batch_size)
             bar.set_postfix_str(f"validation {score:.3f}")

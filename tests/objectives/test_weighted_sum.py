@@ -12,7 +12,7 @@ from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.latent_prediction import LatentPrediction
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
-from mmssl.objectives.sum import Sum
+from mmssl.objectives.weighted_sum import Sum
 from mmssl.training import TrainArguments, load_objective, pretrain
 
 IMAGE: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1}
