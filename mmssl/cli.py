@@ -77,32 +77,28 @@ def finetune_command(arguments: Sequence[str]) -> None:
     from mmssl.evaluation import print_scores
     from mmssl.evaluation.finetuning import finetune
 
-    parser = ArgumentParser(prog="mmssl finetune", description=finetune_command.__doc__)
-    parser.add_argument("checkpoints", nargs="+", help="Folders or Hub names; several are seeds of one recipe.")
-    parser.add_function_arguments(finetune, skip={"checkpoints"})
-    parser.add_argument("--output", default=None, help="JSON file to write the scores to.")
-    config = vars(parser.instantiate(parser.parse_args(with_source(arguments))))
-    output = config.pop("output")
-    scores = finetune(**config)
-    print_scores(scores, title=" ".join(config["checkpoints"]))
-    if output:
-        Path(output).write_text(json.dumps([asdict(score) for score in scores], indent=2))
+    measure("finetune", finetune_command.__doc__, finetune, print_scores, arguments)
 
 
 def forecast_command(arguments: Sequence[str]) -> None:
     """Forecast a long series with a pretrained encoder, beside its raw windows and untrained encoders."""
     from mmssl.evaluation.forecasting import forecast, print_forecasts
 
-    parser = ArgumentParser(prog="mmssl forecast", description=forecast_command.__doc__)
+    measure("forecast", forecast_command.__doc__, forecast, print_forecasts, arguments)
+
+
+def measure(name: str, description: str | None, function: Callable, show: Callable, arguments: Sequence[str]) -> None:
+    """Call a function of checkpoints with flags for the rest of its arguments, and show and write what it returns."""
+    parser = ArgumentParser(prog=f"mmssl {name}", description=description)
     parser.add_argument("checkpoints", nargs="+", help="Folders or Hub names; several are seeds of one recipe.")
-    parser.add_function_arguments(forecast, skip={"checkpoints"})
-    parser.add_argument("--output", default=None, help="JSON file to write the errors to.")
+    parser.add_function_arguments(function, skip={"checkpoints"})
+    parser.add_argument("--output", default=None, help="JSON file to write the result to.")
     config = vars(parser.instantiate(parser.parse_args(with_source(arguments))))
     output = config.pop("output")
-    forecasts = forecast(**config)
-    print_forecasts(forecasts, title=" ".join(config["checkpoints"]))
+    found = function(**config)
+    show(found, title=" ".join(config["checkpoints"]))
     if output:
-        Path(output).write_text(json.dumps([asdict(each) for each in forecasts], indent=2))
+        Path(output).write_text(json.dumps([asdict(each) for each in found], indent=2))
 
 
 def embed_command(arguments: Sequence[str]) -> None:

@@ -117,3 +117,13 @@ def test_only_weight_matrices_decay() -> None:
     for name, parameter in parameters.items():
         matrix = name.endswith(".weight") and "norm" not in name
         assert decay[id(parameter)] == (0.3 if matrix else 0.0), name
+
+
+def test_weight_decay_ends_where_it_is_told(tmp_path: Path) -> None:
+    """To the bit as a constant one where it ends as it began; with another end, the same only at the first step."""
+    constant = run(tmp_path / "a", weight_decay=0.1)
+    assert [line["loss"] for line in run(tmp_path / "b", weight_decay=0.1, final_weight_decay=0.1)] == [
+        line["loss"] for line in constant
+    ]
+    rising = run(tmp_path / "c", weight_decay=0.1, final_weight_decay=0.9)
+    assert rising[0]["loss"] == constant[0]["loss"] and rising[-1]["loss"] != constant[-1]["loss"]
