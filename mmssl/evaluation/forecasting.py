@@ -147,7 +147,11 @@ def forecast(
     samples = load_samples(data, adapter)
     if len(samples) != 1:
         raise ValueError(f"data: found {len(samples)} series; expected one long one, with time down the rows")
-    series = standardized(adapter.prepare(samples.values[0])["series"], splits, samples.name(0)).to(device)
+    try:
+        whole = adapter.prepare(samples.values[0])["series"]
+    except ValueError as error:
+        raise ValueError(f"{samples.name(0)}: {error}") from error
+    series = standardized(whole, splits, samples.name(0)).to(device)
     rows: dict[tuple[str, int], Forecast] = {}
     candidates: list[tuple[str, int, MMSSLModel | None]] = [("raw", 0, None)]
     candidates += [("untrained", seed, fresh(model, seed)) for seed, model in enumerate(models)]

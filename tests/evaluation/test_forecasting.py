@@ -153,3 +153,9 @@ def test_missing_values_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     np.savetxt(tmp_path / "gap.csv", values, delimiter=",", header="a,b", comments="")
     with pytest.raises(ValueError, match="missing values; forecasting needs a series without"):
         forecast([checkpoint], DataArguments(str(tmp_path / "gap.csv")), [6], 12)
+
+
+def test_a_series_that_does_not_fit_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    np.savetxt(tmp_path / "one.csv", waves()[:, :1], delimiter=",", header="a", comments="")
+    with pytest.raises(ValueError, match=r"one\.csv.*: found 1 channels; expected 2"):
+        forecast([checkpoint], DataArguments(str(tmp_path / "one.csv")), [6], 12)
