@@ -243,6 +243,8 @@ class Encoder(nn.Module):
         keep_layers: Sequence[int] = (),
         prefix: Tensor | None = None,
         prior: Tensor | None = None,
+        context: Tensor | None = None,
+        causal: bool = False,
     ) -> EncoderOutput:
         """Encode a batch.
 
@@ -254,9 +256,12 @@ class Encoder(nn.Module):
             keep_layers: blocks (from 1) whose outputs are returned too.
             prefix: (B, number, D) tokens to put first. None: the encoder's own class and register tokens.
             prior: (B, N, N) added to the scores of attention, as in ``Tokens``, or None.
+            context: (B, N) bool, tokens that any token may read; the others are read by none. None: all valid ones.
+            causal: each token reads itself and those before it in the row alone; prefix tokens come before all.
 
         Raises:
-            ValueError: a prior with edges, or with an attention function other than "sdpa" and "eager".
+            ValueError: a prior with edges, or with an attention function other than "sdpa" and "eager"; a context or
+                causal attention with a prior or edges.
         """
         dtype = next(self.parameters()).dtype  # the residual stream keeps the precision of the weights under autocast
         hidden, position = content.to(dtype), position.to(dtype)
@@ -267,7 +272,10 @@ class Encoder(nn.Module):
         first = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             hidden = torch.cat([prefix.to(hidden.dtype), hidden], dim=1)
-        mask = self.attention_mask(hidden, valid, edges, prior)
+        if (context is not None or causal) and (prior is not None or edges is not None):
+            raise ValueError("a context and causal attention are for tokens without edges and without attention prior")
+        read = valid if context is None else valid & context
+        mask = self.attention_mask(hidden, read, edges, prior, causal)
         if self.config.norm_position == "post":
             hidden = self.norm(hidden)
         hidden = self.dropout(hidden)
@@ -283,7 +291,9 @@ class Encoder(nn.Module):
             hidden = self.norm(hidden)
         return EncoderOutput(tokens=hidden[:, first:], prefix=hidden[:, :first], layers=layers)
 
-    def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None, prior: Tensor | None = None) -> Any:
+    def attention_mask(
+        self, hidden: Tensor, valid: Tensor, edges: Tensor | None, prior: Tensor | None = None, causal: bool = False
+    ) -> Any:
         """What the chosen attention function wants; None where everything may attend to everything."""
         prefix = hidden.shape[1] - valid.shape[1]
         padded = nn.functional.pad(valid, (prefix, 0), value=True)
@@ -293,7 +303,12 @@ class Encoder(nn.Module):
             bias = nn.functional.pad(prior.to(hidden.dtype), (prefix, 0, prefix, 0))
             return bias.masked_fill(~padded[:, None, :], torch.finfo(hidden.dtype).min)[:, None]
         if edges is None:
-            return create_bidirectional_mask(config=cast(Any, self.config), inputs_embeds=hidden, attention_mask=padded)
+            return create_bidirectional_mask(
+                config=cast(Any, self.config),
+                inputs_embeds=hidden,
+                attention_mask=padded,
+                and_mask_function=not_after if causal else None,
+            )
         batch, length = valid.shape
         kind, pairs = self.config._attn_implementation, batch * length**2
         if kind != "eager" and (kind != "sdpa" or pairs > PAIRS_PER_EDGE * edges.shape[1]):
@@ -305,6 +320,11 @@ class Encoder(nn.Module):
         allowed |= torch.eye(prefix + length, dtype=torch.bool, device=valid.device)  # no query without a key
         bias = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
         return bias.masked_fill(~allowed, torch.finfo(hidden.dtype).min)[:, None]
+
+
+def not_after(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Which keys a query may read, for transformers' masks."""
+    return key <= query
 
 
 def init_weights(module: nn.Module, config: EncoderConfig) -> None:

@@ -114,7 +114,14 @@ class MMSSLModel(PreTrainedModel):
         raise ValueError(f"found inputs {sorted(batch)}; expected {expected}, as the processor returns them")
 
     def encode(
-        self, modality: Modality, tokens: Tokens, content: Tensor | None = None, keep_layers: Sequence[int] = ()
+        self,
+        modality: Modality,
+        tokens: Tokens,
+        content: Tensor | None = None,
+        keep_layers: Sequence[int] = (),
+        places: bool = True,
+        context: Tensor | None = None,
+        causal: bool = False,
     ) -> EncoderOutput:
         """Embed tokens, add their places and encode them.
 
@@ -123,10 +130,22 @@ class MMSSLModel(PreTrainedModel):
             tokens: the tokens.
             content: (B, N, D) embedded contents, where an objective has changed them. None: those of the tokens.
             keep_layers: blocks (from 1) whose outputs are returned too.
+            places: without, the encoder is not told where tokens lie.
+            context: (B, N) bool, tokens that any token may read. None: all valid ones.
+            causal: each token reads itself and those before it alone.
         """
         content = modality.embed(tokens) if content is None else content
-        position = modality.position(tokens.coords)
-        return self.encoder(content, position, tokens.valid, tokens.edges, keep_layers, prior=tokens.prior)
+        position = modality.position(tokens.coords) if places else torch.zeros_like(content)
+        return self.encoder(
+            content,
+            position,
+            tokens.valid,
+            tokens.edges,
+            keep_layers,
+            prior=tokens.prior,
+            context=context,
+            causal=causal,
+        )
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)

@@ -1,7 +1,8 @@
 """An exponential moving average of a model: the teacher of BYOL, DINO, data2vec and the JEPAs."""
 
 import copy
-from typing import Generic, Self, TypeVar
+import math
+from typing import Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,16 @@ class Teacher(nn.Module, Generic[M]):
 
     Args:
         student: the module to follow.
-        momentum: share of the teacher that an optimiser step keeps, at the beginning and at the end of training; in
-            between it goes in a straight line.
+        momentum: share of the teacher that an optimiser step keeps, at the beginning and at the end of training.
+        schedule: how it goes from one to the other: in a "linear" way, or by half a period of a "cosine" (BYOL, DINO).
     """
 
-    def __init__(self, student: M, momentum: tuple[float, float]):
+    def __init__(self, student: M, momentum: tuple[float, float], schedule: Literal["linear", "cosine"] = "linear"):
         super().__init__()
         start, end = momentum
         if not (0 <= start <= 1 and 0 <= end <= 1):
             raise ValueError(f"momentum: found {list(momentum)}; expected two numbers from 0 to 1, at start and end")
-        self.momentum = start, end
+        self.momentum, self.schedule = (start, end), schedule
         self.module: M = copy.deepcopy(student)
         self.module.requires_grad_(False).eval()
 
@@ -39,6 +40,8 @@ class Teacher(nn.Module, Generic[M]):
             progress: share of training that is done, from 0 to 1.
         """
         start, end = self.momentum
+        if self.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
         momentum = start + (end - start) * progress
         own: list[Tensor] = list(self.module.parameters())
         other: list[Tensor] = list(student.parameters())

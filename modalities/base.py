@@ -35,12 +35,17 @@ class Modality(nn.Module):
         extensions: endings of the files that hold one sample each.
         columns: names under which data sets usually keep the samples. Empty: a sample is a whole row of a table.
         mask_styles: what ``mask`` offers.
+        aligned: whether token i of any two samples lies at the same place, so that tokens have an order and contents
+            of two samples can be mixed. Not so for the groups of a point cloud and the nodes of a graph.
+        pretexts: what ``transform`` offers, and the number of transforms of each; number 0 changes nothing.
     """
 
     inputs: ClassVar[tuple[str, ...]]
     extensions: ClassVar[tuple[str, ...]]
     columns: ClassVar[tuple[str, ...]]
     mask_styles: ClassVar[tuple[str, ...]] = ("random",)
+    aligned: ClassVar[bool] = True
+    pretexts: ClassVar[dict[str, int]] = {}
 
     distance: Literal["l1", "l2"] = "l2"
 
@@ -58,7 +63,7 @@ class Modality(nn.Module):
         return options_of(self)
 
     def offers(self, method: str) -> bool:
-        """Whether this modality has the optional ``view`` or ``alter``."""
+        """Whether this modality has the optional ``view``, ``alter`` or ``places``."""
         return getattr(type(self), method) is not getattr(Modality, method)
 
     def build(self, width: int) -> Self:
@@ -172,6 +177,30 @@ class Modality(nn.Module):
             New tokens, the given ones stay as they are; and what was altered: (B, N) tokens or (B, N, *V) elements.
         """
         raise NotImplementedError(f"{self.name} offers no alteration")
+
+    def transform(self, batch: Batch, pretext: str, number: Tensor) -> Batch:
+        """Apply to each sample one of the transforms of a pretext, so that an objective can ask which one it was.
+
+        The result gives no hint but its content: number and validity of tokens do not tell which one it was.
+
+        Args:
+            batch: the batch; it is left as it is.
+            pretext: one of ``pretexts``.
+            number: (B,) long, which transform; 0 changes nothing but what all of a pretext change.
+        """
+        raise NotImplementedError(f"{self.name} offers no transforms")
+
+    def places(self, tokens: Tokens) -> Tensor:
+        """(B, N) long from 0 to below ``num_places``: the place of each token as a class. Optional.
+
+        Where samples differ in length, these are bins of the place relative to the length.
+        """
+        raise NotImplementedError(f"{self.name} offers no places that its tokens could be asked for")
+
+    @property
+    def num_places(self) -> int:
+        """Number of classes that ``places`` returns."""
+        raise NotImplementedError(f"{self.name} offers no places that its tokens could be asked for")
 
     def target(self, tokens: Tokens) -> Tensor:
         """What reconstruction predicts, (B, N, *V); by default the content."""

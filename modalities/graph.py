@@ -42,6 +42,7 @@ class Graph(Modality):
     extensions: ClassVar = (".npz", *EDGE_LISTS)
     columns: ClassVar = ("graph",)
     mask_styles: ClassVar = ("random", "block")
+    aligned: ClassVar = False
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class PointCloud(Modality):
     extensions: ClassVar = (".npy", ".npz", ".ply", ".off", ".obj", ".xyz", ".pts")
     columns: ClassVar = ("points", "point_cloud", "xyz")
     mask_styles: ClassVar = ("random", "block")
+    aligned: ClassVar = False
 
     def __init__(
         self,

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from mmssl.collectives import sum_over_processes, world_size
 from mmssl.encoder import EncoderConfig, init_weights
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
+from mmssl.tokens import Tokens
 
 
 @dataclass
@@ -65,6 +67,19 @@ class Objective(nn.Module):
                     child.apply(lambda module: init_weights(module, config))
 
 
+def views_of(modality: Modality, batch: Batch, generator: torch.Generator, count: int = 2) -> list[Tokens]:
+    """Tokens of so many random views of each sample."""
+    return [modality.tokenize(modality.view(batch, generator).batch) for _ in range(count)]
+
+
+def represent(model: MMSSLModel, modality: Modality, tokens: Tokens) -> Tensor:
+    """(samples, D) mean of the model's outputs for the valid tokens: what the model returns as its pooled output.
+
+    ``modality`` may be that of another model, the student's when a teacher reads.
+    """
+    return tokens.pool(model.encode(model.adapters[modality.name], tokens).tokens)
+
+
 def smaller_config(config: EncoderConfig, width: int, layers: int, heads: int, drop_path_rate: float) -> EncoderConfig:
     """The shape of a decoder or predictor: blocks of the encoder's kind at a size of their own, no prefix tokens."""
     config = copy.deepcopy(config)
@@ -79,11 +94,17 @@ def global_mean(loss: Tensor, weight: Tensor) -> Tensor:
 
     A mean of the ranks' means would weigh a token less where its rank has more of them.
     """
-    total = weight.sum().detach()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-        total = total / torch.distributed.get_world_size()
+    total = sum_over_processes(weight.sum().detach()) / world_size()
     return (loss * weight).sum() / total.clamp(min=1e-12)
 
 
-__all__ = ["Batch", "Modality", "Objective", "ObjectiveOutput", "global_mean", "smaller_config"]
+__all__ = [
+    "Batch",
+    "Modality",
+    "Objective",
+    "ObjectiveOutput",
+    "global_mean",
+    "represent",
+    "smaller_config",
+    "views_of",
+]

@@ -21,6 +21,7 @@ BOTTOM = {
     "samples",
     "teacher",
     "monitors",
+    "collectives",
     "graph_files",
     "point_files",
     "series_files",
@@ -38,7 +39,7 @@ ENCODING = {
     "signals",
     "motifs",
 }
-MODEL = {*ENCODING, "modalities", "modeling"}
+MODEL = {*ENCODING, "modalities", "modeling", "heads", "feature_queue"}
 USERS = {*MODEL, "processing", "objectives", "data"}
 EVERYTHING = {*USERS, "training", "evaluation", "cli", "mmssl"}
 MAY_IMPORT = {
@@ -48,6 +49,9 @@ MAY_IMPORT = {
     "samples": set(),
     "teacher": set(),
     "monitors": set(),
+    "collectives": set(),
+    "heads": {"collectives"},
+    "feature_queue": {"collectives"},
     "graph_files": {"samples"},
     "point_files": {"samples"},
     "pixels": {"samples"},
