@@ -1,6 +1,6 @@
 """Tests of the moving-average teacher: the closed form, and that it is left out of everything else."""
 
-from math import prod
+from math import cos, pi, prod
 
 import pytest
 import torch
@@ -98,3 +98,16 @@ def test_teacher_has_no_gradient_and_stays_in_evaluation_mode() -> None:
 def test_momentum_beyond_its_range_is_refused(momentum: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=r"momentum: found \[.*\]; expected two numbers from 0 to 1, at start and end"):
         Teacher(student(), momentum)
+
+
+def test_momentum_on_a_cosine_is_that_of_byol() -> None:
+    """``1 - (1 - m) (1 + cos(pi t / T)) / 2``: at the first steps it hardly grows, half-way it is the mean."""
+    teacher = Teacher(nn.Linear(1, 1, bias=False), (0.9, 1.0), schedule="cosine")
+    other = nn.Linear(1, 1, bias=False)
+    for progress in (0.0, 0.1, 0.5, 0.8, 1.0):
+        with torch.no_grad():
+            teacher.module.weight.fill_(1.0)
+            other.weight.fill_(0.0)
+        teacher.follow(other, progress)
+        kept = 1 - (1 - 0.9) * (1 + cos(pi * progress)) / 2
+        assert teacher.module.weight.item() == pytest.approx(kept, abs=1e-6)

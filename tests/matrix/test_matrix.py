@@ -1,5 +1,6 @@
 """Every modality with every objective: what must hold whatever they are."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -105,6 +106,36 @@ def test_saved_and_loaded_weights_give_the_same_loss(
     again = type(module)(MMSSLModel.from_pretrained(tmp_path), **options_of(module))
     again.load_state_dict({k: v for k, v in module.state_dict().items() if not k.startswith("model.")}, strict=False)
     assert torch.equal(module.eval()(batch, generator()).loss, again.eval()(batch, generator()).loss)
+
+
+@every_cell
+def test_a_resumed_run_goes_on_to_the_bit(modality: str, objective: str, options: dict[str, Any]) -> None:
+    """All that an objective remembers from step to step, teachers and queues too, is in its state."""
+    torch.manual_seed(0)
+    module, adapter = build(modality, objective, options)
+    batch = make_batch(adapter, 4)
+
+    def train(module: Objective, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            loss = module(batch, generator(step)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            module.after_step((step + 1) / 4)
+            losses.append(loss.item())
+        return losses
+
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    train(module, optimizer, range(2))
+    state, moments = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict())
+    went_on = train(module, optimizer, range(2, 4))
+    torch.manual_seed(1)
+    again, _ = build(modality, objective, options)
+    again.load_state_dict(state)
+    optimizer = torch.optim.AdamW(again.parameters(), lr=1e-2)
+    optimizer.load_state_dict(moments)
+    assert train(again, optimizer, range(2, 4)) == went_on
 
 
 @every_cell
