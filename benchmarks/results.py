@@ -23,6 +23,11 @@ values, data order, masks and views. Raw features have no seed. What a probe cho
 epoch) it chooses on published validation data, or else on a part of its training data: [evaluation](evaluation.md). Of
 lines that differ only in when they were measured, the last one counts.
 """
+MATRIX = """## Every objective on every modality
+
+`python benchmarks/matrix.py`: the same small encoder and a budget of a minute or less on one core for each cell, with
+the settings of `benchmarks/matrix.yaml`; the best of a column in bold. Empty: refused, see `mmssl list`.
+"""
 
 
 def main() -> None:
@@ -77,9 +82,12 @@ def command() -> str:
 def render(lines: list[dict[str, Any]]) -> str:
     """The whole page."""
     groups: dict[tuple[str, ...], dict[tuple[str, str], dict[str, Any]]] = {}
+    matrix = [line for line in lines if line["recipe"] == "matrix"]
     for line in lines:
+        if line in matrix:
+            continue
         groups.setdefault(tuple(line[key] for key in KEY), {})[line["protocol"], line["row"]] = line
-    parts = [HEADER]
+    parts = [HEADER, *(matrix_tables(matrix) if matrix else [])]
     for (modality, data, recipe), cells in sorted(groups.items()):
         protocols = list(dict.fromkeys(protocol for protocol, _ in cells))
         any_line = next(line for (_, row), line in cells.items() if row == "pretrained")
@@ -105,6 +113,30 @@ def render(lines: list[dict[str, Any]]) -> str:
             parts.append(f"| {label} | " + " | ".join(cell(line) if line else "" for line in found) + " |")
         parts.append(f"\n```bash\n{any_line['command']}\n```\n")
     return "\n".join(parts)
+
+
+def matrix_tables(lines: list[dict[str, Any]]) -> list[str]:
+    """A table for each protocol, with a row for each objective and a column for each modality, the best in bold."""
+    cells = {(line["protocol"], line["row"], line["modality"]): line for line in lines}
+    data = {line["modality"]: f"{line['modality']}: {line['data']}" for line in lines}
+    parts = [MATRIX]
+    for protocol in dict.fromkeys(line["protocol"] for line in lines):
+        parts.append(f"| {protocol} | " + " | ".join(data.values()) + " |\n|---|" + "---|" * len(data))
+        best = {
+            modality: max(line["mean"] for key, line in cells.items() if key[::2] == (protocol, modality))
+            for modality in data
+        }
+        for row in dict.fromkeys([*ROWS, *(line["row"] for line in lines)]):
+            found = [cells.get((protocol, row, modality)) for modality in data]
+            if any(found):
+                texts = [cell(line) if line else "" for line in found]
+                texts = [
+                    f"**{text}**" if line and line["mean"] == best[line["modality"]] else text
+                    for line, text in zip(found, texts, strict=True)
+                ]
+                parts.append(f"| {ROWS.get(row, row)} | " + " | ".join(texts) + " |")
+        parts.append("")
+    return parts
 
 
 def cell(line: dict[str, Any]) -> str:

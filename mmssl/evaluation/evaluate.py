@@ -47,6 +47,7 @@ def evaluate(
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
     modality: str | None = None,
     pooling: Pooling = "mean",
+    baselines: bool = True,
 ) -> list[Score]:
     """Probe frozen features of checkpoints that differ in their seed alone.
 
@@ -59,6 +60,7 @@ def evaluate(
         modality: which modality of a model that has several.
         pooling: from tokens to samples: "mean", "max", "sum", "mean_max"; "mean_rows", that of each channel of a
             series; or "flatten", all tokens side by side. Raw features are the modality's own.
+        baselines: the rows of raw features and of untrained encoders too. Without only where others stand beside.
 
     Raises:
         ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, or a pooling
@@ -74,7 +76,7 @@ def evaluate(
     models = [load_model(checkpoint) for checkpoint in checkpoints]
     if any(model.config.modalities != models[0].config.modalities for model in models):
         raise ValueError("checkpoints: their modalities have other options; expected seeds of one recipe")
-    untrained = [fresh(model, seed) for seed, model in enumerate(models)]
+    untrained = [fresh(model, seed) for seed, model in enumerate(models)] if baselines else []
     for model in (*models, *untrained):
         torch.nn.Module.to(model, device)
     adapter = models[0].adapters[pick_modality(models[0], modality)]
@@ -90,11 +92,13 @@ def evaluate(
     sizes = {protocol: (len(fit), len(held_out)) for protocol in protocols}
     sizes["svm"] = sizes["svm_standardized"] = everything - everything // FOLDS, everything  # ten folds
 
-    rows = ["raw"] + ["untrained"] * len(models) + ["pretrained"] * len(models)
+    rows = ["raw"] + ["untrained"] * len(untrained) + ["pretrained"] * len(models)
     found = features_of(train_samples, adapter, (*untrained, *models), pooling, device)
     test_found = found
     if test_samples is not train_samples:
         test_found = features_of(test_samples, adapter, (*untrained, *models), pooling, device)
+    if not baselines:
+        rows, found, test_found = rows[1:], found[1:], test_found[1:]
     scores = {
         (row, protocol): Score(protocol, row, [], *sizes[protocol], "R²" if quantities(labels) else "accuracy")
         for row in dict.fromkeys(rows)

@@ -432,3 +432,10 @@ def test_the_command_pools_as_it_is_told(tmp_path: Path, calls: list[Call]) -> N
     assert [score["values"] for score in json.loads((tmp_path / "scores.json").read_text())] == [[4.0], [5.0], [6.0]]
     with pytest.raises(SystemExit):
         evaluate_command([*flags, "--pooling", "median"])
+
+
+def test_without_baselines_the_pretrained_rows_are_the_same(tmp_path: Path) -> None:
+    make(0).save_pretrained(tmp_path)
+    with_them, alone = (evaluate([tmp_path], DIGITS, protocols=["knn"], baselines=each) for each in (True, False))
+    assert [score.row for score in with_them] == ["raw", "untrained", "pretrained"]
+    assert alone == with_them[2:]
