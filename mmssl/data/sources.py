@@ -33,6 +33,8 @@ class DataArguments:
         max_samples: keep only the first so many. None: all.
         repeat: how many times an epoch of training reads each sample; of a scene or a graph that is too large, another
             part each time, so that one such sample fills batches and keeps several processes busy.
+        guide: for training, a file that `mmssl embed` has written of these samples: batches are then laid out without
+            two samples of one cluster of their embeddings, as long as clusters last (G-SimCLR).
         on_error: what to do with an unreadable sample: "raise", or "skip" it, take the next one, and count it.
     """
 
@@ -44,6 +46,7 @@ class DataArguments:
     filter: str | None = None
     max_samples: int | None = None
     repeat: int = 1
+    guide: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
 
 

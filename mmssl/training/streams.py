@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmssl.data import PreparedSamples, load_samples
+from mmssl.data.guided import GuidedSampler, clusters_of
 from mmssl.randomness import seed_of
 from mmssl.training.arguments import Source, TrainArguments
 
@@ -26,6 +27,7 @@ class Stream:
         epoch: passes over the data done.
         batch: batches done in this epoch, on each process.
         failed: positions of samples that could not be read.
+        sampler: the order of guided batches. None: the loader shuffles.
     """
 
     dataset: PreparedSamples
@@ -35,6 +37,7 @@ class Stream:
     epoch: int = 0
     batch: int = 0
     failed: set[int] = field(default_factory=set)
+    sampler: GuidedSampler | None = None
     batches: Iterator[dict[str, Any]] | None = None
 
     def state_dict(self) -> dict[str, int]:
@@ -48,7 +51,12 @@ class Stream:
         if self.batches is None:
             loader: Any = skip_first_batches(self.loader, self.batch) if self.batch else self.loader
             loader.set_epoch(self.epoch)
-            self.dataset.set_epoch(self.epoch)  # which the loader forgets where its batches are sharded or skipped
+            for each in (
+                self.dataset,
+                self.sampler,
+            ):  # which the loader forgets where its batches are sharded or skipped
+                if each is not None:
+                    each.set_epoch(self.epoch)
             self.batches = iter(loader)
         batch = next(self.batches, None)
         if batch is None:
@@ -75,10 +83,15 @@ def open_stream(source: Source, train: TrainArguments, accelerator: Accelerator)
             f"{source.modality.name}: found {len(dataset)} samples, and one batch needs {needed}; lower "
             "per_device_train_batch_size or raise data.repeat"
         )
+    sampler = None
+    if source.data.guide is not None:
+        clusters = clusters_of(source.data.guide, len(samples), needed, train.seed)
+        sampler = GuidedSampler(clusters, source.data.repeat, train.seed)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=True,
+        shuffle=sampler is None,
+        sampler=sampler,
         drop_last=True,
         collate_fn=dataset.collate,
         num_workers=train.dataloader_num_workers,
@@ -86,7 +99,7 @@ def open_stream(source: Source, train: TrainArguments, accelerator: Accelerator)
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(train.seed),
     )
-    return Stream(dataset, loader, batch_size, source.weight)
+    return Stream(dataset, loader, batch_size, source.weight, sampler=sampler)
 
 
 def draw(weights: Mapping[str, float], seed: int, step: int) -> str:
