@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,54 @@ def list_command(arguments: Sequence[str]) -> None:
             table.add_row(kind, name, (member.__doc__ or "").strip().splitlines()[0])
         table.add_section()
     Console().print(table)
+
+    refusals = refused_cells()
+    modalities = list(dict.fromkeys(modality for _, modality in refusals))
+    matrix = Table(title="Which objective, with its defaults, runs on which modality")
+    matrix.add_column("objective", no_wrap=True)
+    for modality in modalities:
+        matrix.add_column(modality.replace("_", " "), overflow="fold")
+    reasons: list[str] = []
+    for objective in dict.fromkeys(objective for objective, _ in refusals):
+        cells = []
+        for modality in modalities:
+            if reason := refusals[objective, modality]:
+                reasons.append(f"- {reason}")
+            cells.append("no" if reason else "yes")
+        matrix.add_row(objective, *cells)
+    Console().print(matrix, *reasons, sep="\n")
+
+
+def refused_cells() -> dict[tuple[str, str], str]:
+    """Of each objective, with its defaults, and each modality: why they do not go together. Empty: they do."""
+    import torch
+
+    from mmssl.data.builtin import BUILTIN
+    from mmssl.discovery import names
+    from mmssl.modeling import MMSSLConfig, MMSSLModel, make_modality
+    from mmssl.objectives.base import Objective
+
+    def build(objective: type, modality: str, options: dict[str, Any], causal: bool) -> str:
+        shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "causal_attention": causal}
+        try:
+            with torch.device("meta"):  # without memory or arithmetic
+                objective(MMSSLModel(MMSSLConfig(modalities={modality: options}, **shape)))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    found = {}
+    for name in names("modalities"):
+        modality = make_modality(name, {})
+        if not modality.columns:  # a sample is a whole row of a table, so columns must be known
+            with redirect_stdout(None):
+                modality.fit(BUILTIN["diabetes"]("train"))
+        for title, objective in find_all("objectives", Objective).items():
+            if title == "Sum":  # runs where its terms do
+                continue
+            plain, causal = (build(objective, name, modality.options(), causal) for causal in (False, True))
+            found[title, name] = plain and causal
+    return found
 
 
 def pretrain_command(arguments: Sequence[str]) -> None:

@@ -45,6 +45,8 @@ class EncoderConfig:
         drop_path_rate: share of samples whose residual branch is dropped in the last block; grows linearly from 0.
         hidden_dropout_prob: dropout of the embedded tokens and of each residual branch.
         attention_probs_dropout_prob: dropout of the attention weights.
+        causal_attention: a token reads itself and those before it alone, in training and ever after; class and register
+            tokens come before all others, and so read none of them.
         class_token: put one learned token before the others.
         num_register_tokens: further learned tokens before the others, whose output is thrown away.
         initializer: distribution of the linear layers' start values: "xavier_uniform" (MAE) or "normal" (BERT, TERA).
@@ -67,6 +69,7 @@ class EncoderConfig:
     drop_path_rate: float = 0.0
     hidden_dropout_prob: float = 0.0
     attention_probs_dropout_prob: float = 0.0
+    causal_attention: bool = False
     class_token: bool = False
     num_register_tokens: int = 0
     initializer: Literal["xavier_uniform", "normal"] = "xavier_uniform"
@@ -113,7 +116,7 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.is_causal = False
+        self.is_causal = config.causal_attention  # flash attention takes no mask, and reads it here
         self.num_heads = config.num_attention_heads
         self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
@@ -244,7 +247,6 @@ class Encoder(nn.Module):
         prefix: Tensor | None = None,
         prior: Tensor | None = None,
         context: Tensor | None = None,
-        causal: bool = False,
     ) -> EncoderOutput:
         """Encode a batch.
 
@@ -257,11 +259,10 @@ class Encoder(nn.Module):
             prefix: (B, number, D) tokens to put first. None: the encoder's own class and register tokens.
             prior: (B, N, N) added to the scores of attention, as in ``Tokens``, or None.
             context: (B, N) bool, tokens that any token may read; the others are read by none. None: all valid ones.
-            causal: each token reads itself and those before it in the row alone; prefix tokens come before all.
 
         Raises:
             ValueError: a prior with edges, or with an attention function other than "sdpa" and "eager"; a context or
-                causal attention with a prior or edges.
+                causal attention with a prior or edges; a context with flash attention.
         """
         dtype = next(self.parameters()).dtype  # the residual stream keeps the precision of the weights under autocast
         hidden, position = content.to(dtype), position.to(dtype)
@@ -272,10 +273,12 @@ class Encoder(nn.Module):
         first = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             hidden = torch.cat([prefix.to(hidden.dtype), hidden], dim=1)
-        if (context is not None or causal) and (prior is not None or edges is not None):
+        if (context is not None or self.config.causal_attention) and (prior is not None or edges is not None):
             raise ValueError("a context and causal attention are for tokens without edges and without attention prior")
+        if context is not None and "flash" in self.config._attn_implementation:
+            raise ValueError("flash attention drops the tokens that are not read; with a context use sdpa or eager")
         read = valid if context is None else valid & context
-        mask = self.attention_mask(hidden, read, edges, prior, causal)
+        mask = self.attention_mask(hidden, read, edges, prior)
         if self.config.norm_position == "post":
             hidden = self.norm(hidden)
         hidden = self.dropout(hidden)
@@ -291,9 +294,7 @@ class Encoder(nn.Module):
             hidden = self.norm(hidden)
         return EncoderOutput(tokens=hidden[:, first:], prefix=hidden[:, :first], layers=layers)
 
-    def attention_mask(
-        self, hidden: Tensor, valid: Tensor, edges: Tensor | None, prior: Tensor | None = None, causal: bool = False
-    ) -> Any:
+    def attention_mask(self, hidden: Tensor, valid: Tensor, edges: Tensor | None, prior: Tensor | None = None) -> Any:
         """What the chosen attention function wants; None where everything may attend to everything."""
         prefix = hidden.shape[1] - valid.shape[1]
         padded = nn.functional.pad(valid, (prefix, 0), value=True)
@@ -307,7 +308,7 @@ class Encoder(nn.Module):
                 config=cast(Any, self.config),
                 inputs_embeds=hidden,
                 attention_mask=padded,
-                and_mask_function=not_after if causal else None,
+                and_mask_function=not_after if self.config.causal_attention else None,
             )
         batch, length = valid.shape
         kind, pairs = self.config._attn_implementation, batch * length**2

@@ -39,8 +39,8 @@ class BatchNorm(nn.Module):
         return values if self.weight is None or self.bias is None else values * self.weight + self.bias
 
 
-def mlp(widths: Sequence[int], batch_norm: bool = True) -> nn.Sequential:
-    """Linear layers from the first width to the last, with batch normalisation and ReLU between them.
+def mlp(widths: Sequence[int], batch_norm: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers from the first width to the last, with batch normalisation and an activation between them.
 
     Layers have a bias only without batch normalisation, as in Barlow Twins and VICReg.
     """
@@ -48,5 +48,5 @@ def mlp(widths: Sequence[int], batch_norm: bool = True) -> nn.Sequential:
     for number, (width, following) in enumerate(pairwise(widths), start=2):
         layers.append(nn.Linear(width, following, bias=not batch_norm))
         if number < len(widths):
-            layers += [BatchNorm(following), nn.ReLU()] if batch_norm else [nn.ReLU()]
+            layers += [BatchNorm(following), activation()] if batch_norm else [activation()]
     return nn.Sequential(*layers)

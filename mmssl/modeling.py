@@ -121,7 +121,6 @@ class MMSSLModel(PreTrainedModel):
         keep_layers: Sequence[int] = (),
         places: bool = True,
         context: Tensor | None = None,
-        causal: bool = False,
     ) -> EncoderOutput:
         """Embed tokens, add their places and encode them.
 
@@ -132,19 +131,11 @@ class MMSSLModel(PreTrainedModel):
             keep_layers: blocks (from 1) whose outputs are returned too.
             places: without, the encoder is not told where tokens lie.
             context: (B, N) bool, tokens that any token may read. None: all valid ones.
-            causal: each token reads itself and those before it alone.
         """
         content = modality.embed(tokens) if content is None else content
         position = modality.position(tokens.coords) if places else torch.zeros_like(content)
         return self.encoder(
-            content,
-            position,
-            tokens.valid,
-            tokens.edges,
-            keep_layers,
-            prior=tokens.prior,
-            context=context,
-            causal=causal,
+            content, position, tokens.valid, tokens.edges, keep_layers, prior=tokens.prior, context=context
         )
 
     @merge_with_config_defaults

@@ -1,5 +1,6 @@
 """Modality: from raw samples to Tokens, and whatever else depends on what the data are."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,6 @@ class Modality(nn.Module):
         mask_styles: what ``mask`` offers.
         aligned: whether token i of any two samples lies at the same place, so that tokens have an order and contents
             of two samples can be mixed. Not so for the groups of a point cloud and the nodes of a graph.
-        pretexts: what ``transform`` offers, and the number of transforms of each; number 0 changes nothing.
     """
 
     inputs: ClassVar[tuple[str, ...]]
@@ -45,7 +45,6 @@ class Modality(nn.Module):
     columns: ClassVar[tuple[str, ...]]
     mask_styles: ClassVar[tuple[str, ...]] = ("random",)
     aligned: ClassVar[bool] = True
-    pretexts: ClassVar[dict[str, int]] = {}
 
     distance: Literal["l1", "l2"] = "l2"
 
@@ -178,22 +177,34 @@ class Modality(nn.Module):
         """
         raise NotImplementedError(f"{self.name} offers no alteration")
 
+    @property
+    def pretexts(self) -> dict[str, int]:
+        """What ``transform`` offers with these options, and the number of transforms of each."""
+        return {}
+
     def transform(self, batch: Batch, pretext: str, number: Tensor) -> Batch:
         """Apply to each sample one of the transforms of a pretext, so that an objective can ask which one it was.
 
-        The result gives no hint but its content: number and validity of tokens do not tell which one it was.
+        The result gives no hint but its content: number and validity of tokens do not tell which one it was, and
+        padding stays where it is.
 
         Args:
             batch: the batch; it is left as it is.
             pretext: one of ``pretexts``.
-            number: (B,) long, which transform; 0 changes nothing but what all of a pretext change.
+            number: (B,) long, which transform; 0 changes nothing but what all of a pretext change, and all others can
+                be undone up to that.
+
+        Raises:
+            ValueError: a pretext that is not offered.
         """
-        raise NotImplementedError(f"{self.name} offers no transforms")
+        offered = ", ".join(self.pretexts) or "none"
+        raise ValueError(f"{self.name} has no pretext {pretext!r} with these options; it offers: {offered}")
 
     def places(self, tokens: Tokens) -> Tensor:
         """(B, N) long from 0 to below ``num_places``: the place of each token as a class. Optional.
 
-        Where samples differ in length, these are bins of the place relative to the length.
+        Only of coords and validity. Where samples differ in length, these are bins of the place relative to the length
+        of the row's own valid part, so that padding does not tell them.
         """
         raise NotImplementedError(f"{self.name} offers no places that its tokens could be asked for")
 
@@ -240,6 +251,46 @@ class Modality(nn.Module):
         counted = where.flatten(2).float()
         weight = counted.sum(dim=-1)
         return (error * counted).sum(dim=-1) / weight.clamp(min=1), weight
+
+
+def bin_of(number: Tensor, count: Tensor | int, bins: int) -> Tensor:
+    """Which of so many equal bins the middle of each ``number`` from 0 to below ``count`` lies in, long."""
+    return ((number + 0.5) * bins / count).long().clamp(0, bins - 1)
+
+
+ORDERS = tuple(itertools.permutations(range(3)))  # of three segments; number 0 leaves them as they are
+
+
+def segment_orders(length: Tensor, steps: int, number: Tensor, unit: int = 1) -> tuple[Tensor, Tensor]:
+    """Cut rows in three equal segments and put these in one of six orders (Xu et al., VCOP, 2019).
+
+    Segments are whole multiples of ``unit`` steps, if a row has three units. What is left over stays in front, at most
+    ``3 * unit - 1`` steps.
+
+    Args:
+        length: (B,) steps of each row that are no padding.
+        steps: steps of the batch, padding too.
+        number: (B,) long, which of ``ORDERS``.
+        unit: steps that are not to be torn apart.
+
+    Returns:
+        (B, steps) which step comes to stand at each place; and its distance to the nearer end of its segment, from 0,
+        ``steps`` where it belongs to none.
+    """
+    step = torch.arange(steps, device=length.device)
+    size = torch.where(length >= 3 * unit, length // (3 * unit) * unit, length // 3)[:, None]
+    first, last = length[:, None] - 3 * size, length[:, None]
+    segment, inside = (step - first).div(size.clamp(min=1), rounding_mode="floor"), (step - first) % size.clamp(min=1)
+    moved = (step >= first) & (step < last)
+    source = torch.tensor(ORDERS, device=length.device)[number].gather(1, segment.clamp(0, 2))
+    index = torch.where(moved, first + source * size + inside, step)
+    return index, torch.where(moved, inside.minimum(size - 1 - inside), steps)
+
+
+def reversed_rows(length: Tensor, steps: int, turned: Tensor) -> Tensor:
+    """(B, steps) which step comes to stand at each place of rows of which those ``turned`` (B,) go backwards."""
+    step = torch.arange(steps, device=length.device).expand(len(length), -1)
+    return torch.where(turned[:, None] & (step < length[:, None]), length[:, None] - 1 - step, step)
 
 
 def nearest(distance: Tensor, valid: Tensor, share: float | Tensor, allowed: Tensor) -> Tensor:

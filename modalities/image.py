@@ -1,5 +1,6 @@
 """Images of any size and any number of channels as patches on a rectangular grid (Dosovitskiy et al., ViT, 2021)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order, rectangle
+from mmssl.modalities.base import Batch, Modality, View, bin_of, block_order, rectangle
 from mmssl.pixels import (
     IMAGE_ENDINGS,
     beside,
@@ -23,7 +24,9 @@ from mmssl.pixels import (
     transform,
 )
 from mmssl.positions import SinCosPositions
-from mmssl.tokens import Tokens
+from mmssl.tokens import Tokens, gather
+
+PUZZLES = tuple(itertools.permutations(range(4)))  # of four pieces; number 0 leaves them as they are
 
 
 class Image(Modality):
@@ -191,6 +194,38 @@ class Image(Modality):
         altered = torch.where(where[..., None], filling, content)
         return replace(tokens, content=altered), where
 
+    @property
+    def num_places(self) -> int:
+        return math.prod(patch_grid(*self.image_size, self.patch_size))
+
+    def places(self, tokens: Tokens) -> Tensor:
+        """Number of the patch, rows first, on the grid of ``image_size``, over which others are stretched."""
+        rows, columns = patch_grid(*self.image_size, self.patch_size)
+        y, x = (bin_of(at, side, side) for at, side in zip(tokens.coords.unbind(-1), (rows, columns), strict=True))
+        return y * columns + x
+
+    @property
+    def pretexts(self) -> dict[str, int]:
+        """Quarter turns of squares, and the orders of four pieces where a grid can be cut in half both ways."""
+        rows, columns = patch_grid(*self.image_size, self.patch_size)
+        offered = {"rotation": 4} if self.image_size[0] == self.image_size[1] else {}
+        return offered | ({"jigsaw": len(PUZZLES)} if not rows % 2 and not columns % 2 else {})
+
+    def transform(self, batch: Batch, pretext: str, number: Tensor) -> Batch:
+        """Turn to the left by right angles (Gidaris et al., RotNet, 2018); or cut in 2 x 2 pieces between patches, and
+        put them in one of 24 orders (Noroozi and Favaro, 2016, with 3 x 3 pieces). Both without interpolation."""
+        pixels = batch["pixel_values"]
+        if pretext == "rotation":
+            return {**batch, "pixel_values": quarter_turns(pixels, number)}
+        if pretext == "jigsaw":
+            rows, columns = patch_grid(pixels.shape[2], pixels.shape[3], self.patch_size)
+            if rows % 2 or columns % 2:
+                raise ValueError(f"found {rows}x{columns} patches; a jigsaw of 2x2 pieces needs even numbers of them")
+            pieces = rearrange(pixels, "b c (r h) (s w) -> b (r s) c h w", r=2, s=2)
+            pieces = gather(pieces, torch.tensor(PUZZLES, device=number.device)[number])
+            return {**batch, "pixel_values": rearrange(pieces, "b (r s) c h w -> b c (r h) (s w)", r=2)}
+        return super().transform(batch, pretext, number)
+
     def target(self, tokens: Tokens) -> Tensor:
         """Pixels of a patch, as they are or normalised by the patch's mean and unbiased variance."""
         content = tokens.content.detach().float()
@@ -232,3 +267,14 @@ class Image(Modality):
         mean, std = self.statistics(pixels)
         pixels, parameters = transform(pixels * std + mean, steps, generator)
         return View({**batch, "pixel_values": (pixels - mean) / std}, parameters)
+
+
+def quarter_turns(pixels: Tensor, number: Tensor) -> Tensor:
+    """(B, ..., H, W) with each of B turned to the left by so many right angles, number (B,), without interpolation."""
+    if pixels.shape[-2] != pixels.shape[-1]:
+        raise ValueError(f"found {pixels.shape[-2]}x{pixels.shape[-1]} pixels; turned, only squares keep their shape")
+    turned = pixels
+    for turns in (1, 2, 3):
+        chosen = (number == turns).view(-1, *[1] * (pixels.dim() - 1))
+        turned = torch.where(chosen, pixels.rot90(turns, (-2, -1)), turned)
+    return turned

@@ -14,6 +14,9 @@ from mmssl.positions import MLPPositions
 from mmssl.tokens import Tokens, gather
 
 MESH_POINTS = 8  # points sampled on a mesh, as a multiple of num_points: excerpts differ (ShapeNet-55: 8192 for 1024)
+# Which axis stands in the place of x, y, z, and the signs: rotations that bring z, and y, to six different directions.
+TURNS = ((0, 1, 2), (1, 2, 0), (2, 0, 1)) * 2
+SIGNS = ((1.0, 1.0, 1.0),) * 3 + ((1.0, -1.0, -1.0),) * 3
 LARGEST = 1e18  # squared distances beyond would overflow
 
 
@@ -204,6 +207,24 @@ class PointCloud(Modality):
             return order
         centre = gather(tokens.coords, order.masked_fill(~tokens.valid, -1.0).argmax(dim=1, keepdim=True))
         return (tokens.coords - centre).square().sum(dim=-1)
+
+    @property
+    def pretexts(self) -> dict[str, int]:
+        return {"up": len(TURNS)}
+
+    def transform(self, batch: Batch, pretext: str, number: Tensor) -> Batch:
+        """Turn clouds so that what was up, along z or y, points in one of the six directions of the axes.
+
+        Channels after xyz stay as they are. Those that are directions, such as normals, tell the answer: leave them
+        out, with ``num_channels``.
+        """
+        if pretext != "up":
+            return super().transform(batch, pretext, number)
+        points, device = batch["points"], number.device
+        axes, signs = torch.tensor(TURNS, device=device)[number], torch.tensor(SIGNS, device=device)[number]
+        xyz = points[..., :3] * signs[:, None].to(points.dtype)
+        xyz = xyz.gather(2, axes[:, None].expand(-1, points.shape[1], -1))
+        return {**batch, "points": torch.cat([xyz, points[..., 3:]], dim=-1)}
 
     def target(self, tokens: Tokens) -> Tensor:
         """(B, G, S, 3) the points of a group relative to its centre."""

@@ -10,10 +10,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order
+from mmssl.modalities.base import ORDERS, Batch, Modality, View, bin_of, block_order, reversed_rows, segment_orders
 from mmssl.positions import SinCosPositions
 from mmssl.samples import file_of, number_array
 from mmssl.tokens import Tokens, gather
+
+PLACES = 32  # bins of the place of a frame in its clip
 
 
 class Speech(Modality):
@@ -137,6 +139,11 @@ class Speech(Modality):
         padded = nn.utils.rnn.pad_sequence(waves, batch_first=True)
         return {"input_values": padded, "attention_mask": (torch.arange(padded.shape[1]) < lengths[:, None]).long()}
 
+    def limited(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Waves and their attention mask (B, samples), in training cut after ``max_seconds``."""
+        limit = int(self.max_seconds * self.sampling_rate) if self.training else None
+        return batch["input_values"][..., :limit], batch["attention_mask"][..., :limit]
+
     def log_mel(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log-mel frames (B, N, F) and their validity (B, N): ``1 + length // hop_length`` frames a clip.
 
@@ -144,15 +151,12 @@ class Speech(Modality):
         """
         from torchaudio.functional import spectrogram
 
-        waves, attention = batch["input_values"], batch["attention_mask"]
+        waves, attention = self.limited(batch)
         if waves.dim() != 2 or waves.shape != attention.shape:
             raise ValueError(
                 f"input_values: found shape {tuple(waves.shape)} and an attention_mask of {tuple(attention.shape)}; "
                 "expected (batch, samples) for both"
             )
-        if self.training:
-            limit = int(self.max_seconds * self.sampling_rate)
-            waves, attention = waves[:, :limit], attention[:, :limit]
         waves = waves.float()
         length = attention.sum(dim=1)
         half = self.n_fft // 2
@@ -205,6 +209,33 @@ class Speech(Modality):
         if style == "random":
             return super().hiding_order(tokens, generator, style)
         return block_order(tokens, [self.time_width], generator)
+
+    @property
+    def num_places(self) -> int:
+        return PLACES
+
+    def places(self, tokens: Tokens) -> Tensor:
+        return bin_of(tokens.coords[..., 0], tokens.valid.sum(dim=1, keepdim=True), PLACES)
+
+    @property
+    def pretexts(self) -> dict[str, int]:
+        return {"order": len(ORDERS), "reverse": 2}
+
+    def transform(self, batch: Batch, pretext: str, number: Tensor) -> Batch:
+        """Of what training reads of each clip, put three segments in one of six orders, or play it backwards.
+
+        Segments fade in and out, in any order: clicks where they are joined would tell that they are not in the first.
+        """
+        waves, attention = self.limited(batch)
+        length, steps = attention.sum(dim=1), waves.shape[1]
+        if pretext == "reverse":
+            waves = waves.gather(1, reversed_rows(length, steps, number == 1))
+        elif pretext == "order":
+            index, to_end = segment_orders(length, steps, number)
+            waves = waves.gather(1, index) * ((to_end + 0.5) * 2 / self.win_length).clamp(max=1)
+        else:
+            return super().transform(batch, pretext, number)
+        return {**batch, "input_values": waves, "attention_mask": attention}
 
     def alter(self, tokens: Tokens, generator: torch.Generator) -> tuple[Tokens, Tensor]:
         """TERA's alterations of time, frequency and magnitude; returns the altered elements (B, N, F).

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order
+from mmssl.modalities.base import ORDERS, Batch, Modality, View, bin_of, block_order, reversed_rows, segment_orders
 from mmssl.motifs import STATISTICS, discover_motifs, interval_statistics, match_motifs
 from mmssl.positions import SinCosPositions
 from mmssl.samples import Samples
@@ -21,6 +21,7 @@ EPSILON = 1e-5  # added to the variance of a series, where that of its channel i
 LARGEST = 1e15  # squares of larger values leave the range of single precision
 MOST_FITTED = 5_000, 2**25  # series, and values, that are read to fill in open options
 KNOTS = 6  # of the curve by which a view changes its speed
+PLACES = 32  # bins of the place of a patch in its series
 
 
 class TimeSeries(Modality):
@@ -417,6 +418,41 @@ class TimeSeries(Modality):
         time = tokens.coords[..., -1:]
         tie = 0.1 * torch.rand(time.shape, generator=generator, device=time.device)
         return super().region(replace(tokens, coords=torch.cat([time, tie], dim=-1)), share, generator, allowed)
+
+    @property
+    def num_places(self) -> int:
+        if self.token_style != "patches":
+            raise ValueError("found token_style='values_and_shapes', whose shapes lie nowhere; expected 'patches'")
+        return PLACES
+
+    def places(self, tokens: Tokens) -> Tensor:
+        """Bins of time, the same for all channels of a row."""
+        number = tokens.coords[..., -1]
+        last = number.masked_fill(~tokens.valid, 0.0).amax(dim=1, keepdim=True)
+        return bin_of(number, last + 1, self.num_places)
+
+    @property
+    def pretexts(self) -> dict[str, int]:
+        return {"order": len(ORDERS), "reverse": 2, "flip": 2}
+
+    def transform(self, batch: Batch, pretext: str, number: Tensor) -> Batch:
+        """Put three segments in one of six orders, cut between patches; go backwards; or turn upside down.
+
+        Upside down is about the mean of the channel in the training set, so that normalised values change their sign.
+        Segments of series of fewer than three patches are cut anywhere.
+        """
+        series, known, length = self.read(batch)
+        steps = series.shape[1]
+        if pretext == "flip":
+            flipped = torch.where((number == 1)[:, None, None], 2 * self.unit(series)[0] - series, series)
+            return {**batch, "series": torch.where(known, flipped, 0.0)}
+        if pretext == "reverse":
+            index = reversed_rows(length, steps, number == 1)
+        elif pretext == "order":
+            index, _ = segment_orders(length, steps, number, self.stride or self.patch_length)
+        else:
+            return super().transform(batch, pretext, number)
+        return {**batch, "series": gather(series, index), "observed_mask": gather(known, index).long()}
 
     def reconstruction_head(self, width: int) -> nn.Module:
         return nn.Linear(width, self.size)

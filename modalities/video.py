@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from mmssl.modalities.base import Batch, Modality, View, block_order, rectangle
+from mmssl.modalities.base import ORDERS, Batch, Modality, View, bin_of, block_order, rectangle, segment_orders
+from mmssl.modalities.image import quarter_turns
 from mmssl.pixels import (
     beside,
     channel_statistics,
@@ -28,10 +29,11 @@ from mmssl.pixels import (
 )
 from mmssl.positions import SinCosPositions
 from mmssl.samples import Samples, file_of, number_array
-from mmssl.tokens import Mask, Tokens
+from mmssl.tokens import Mask, Tokens, gather
 from mmssl.video_files import VIDEO_ENDINGS, frame_files, index_frames, read_collection, read_frames
 
 MOST_RAW_FEATURES = 32_768
+SPEEDS = (1, 2, 4)  # frames from one frame to the next
 
 
 class Video(Modality):
@@ -298,6 +300,53 @@ class Video(Modality):
         Its size is drawn once for the batch, its place for each sample.
         """
         return rectangle(tokens, share, self.region_ratio, generator, allowed)
+
+    @property
+    def num_places(self) -> int:
+        return self.num_frames // self.tubelet_size * math.prod(patch_grid(*self.image_size, self.patch_size))
+
+    def places(self, tokens: Tokens) -> Tensor:
+        """Number of the tubelet, by time, rows, columns, of a clip with the options' frames and size.
+
+        Over its grid others are stretched, in time too.
+        """
+        own = (self.num_frames // self.tubelet_size, *patch_grid(*self.image_size, self.patch_size))
+        time, row, column = tokens.coords.unbind(-1)
+        t = bin_of(time, time.amax() + 1, own[0])
+        y, x = bin_of(row, own[1], own[1]), bin_of(column, own[2], own[2])
+        return (t * own[1] + y) * own[2] + x
+
+    @property
+    def pretexts(self) -> dict[str, int]:
+        """Quarter turns of squares, orders of clips of three tubelets or more, speeds where a quarter of the frames is
+        at least one tubelet and two frames."""
+        offered = {"rotation": 4} if self.image_size[0] == self.image_size[1] else {}
+        offered |= {"order": len(ORDERS)} if self.num_frames >= 3 * self.tubelet_size else {}
+        return offered | ({"speed": len(SPEEDS)} if self.slow_frames(self.num_frames) >= 2 else {})
+
+    def slow_frames(self, frames: int) -> int:
+        """Frames of a clip that can be shown at any of the speeds: a quarter, in whole tubelets."""
+        return frames // (SPEEDS[-1] * self.tubelet_size) * self.tubelet_size
+
+    def transform(self, batch: Batch, pretext: str, number: Tensor) -> Batch:
+        """Turn all frames to the left by right angles (Jing et al., 3DRotNet, 2018); put three segments of the clip in
+        one of six orders (Xu et al., VCOP, 2019), cut between tubelets; or of the middle of the clip show a quarter of
+        the frames, every one, every second or every fourth (Yao et al., PRP, 2020)."""
+        pixels, name = batch["pixel_values_videos"], "pixel_values_videos"
+        frames = pixels.shape[2]
+        if pretext == "rotation":
+            return {**batch, name: quarter_turns(pixels, number)}
+        if pretext == "order" and frames >= 3 * self.tubelet_size:
+            index, _ = segment_orders(torch.full_like(number, frames), frames, number, self.tubelet_size)
+        elif pretext == "speed" and (shown := self.slow_frames(frames)) >= 2:
+            stride = torch.tensor(SPEEDS, device=number.device)[number][:, None]
+            first = (frames - 1 - stride * (shown - 1)) // 2
+            index = first + stride * torch.arange(shown, device=number.device)
+        elif pretext in self.pretexts:
+            raise ValueError(f"pretext {pretext!r}: found clips of {frames} frames; expected more")
+        else:
+            return super().transform(batch, pretext, number)
+        return {**batch, name: gather(pixels.transpose(1, 2), index).transpose(1, 2)}
 
     def channels_of(self, content: Tensor) -> Tensor:
         """Contents (B, N, V) as pixels from 0 to 1, (B, N, V / C, C)."""

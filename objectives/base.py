@@ -59,6 +59,15 @@ class Objective(nn.Module):
                     f"not offer; what works: {instead}"
                 )
 
+    def require_aligned(self, why: str, instead: str) -> None:
+        """Refuse, when the objective is built, a modality whose samples have no places in common: see ``mix``."""
+        for modality in self.model.adapters.values():
+            if not modality.aligned:
+                raise ValueError(
+                    f"{type(self).__name__} with {why} mixes samples token by token, but tokens of two samples of "
+                    f"{modality.name} do not lie at the same places; what works: {instead}"
+                )
+
     def init_heads(self, config: EncoderConfig) -> None:
         """Give the objective's own modules start values, as the encoder's were."""
         for name, child in self.named_children():
@@ -72,20 +81,52 @@ def views_of(modality: Modality, batch: Batch, generator: torch.Generator, count
     return [modality.tokenize(modality.view(batch, generator).batch) for _ in range(count)]
 
 
-def represent(model: MMSSLModel, modality: Modality, tokens: Tokens) -> Tensor:
+def represent(model: MMSSLModel, modality: Modality, tokens: Tokens, content: Tensor | None = None) -> Tensor:
     """(samples, D) mean of the model's outputs for the valid tokens: what the model returns as its pooled output.
 
-    ``modality`` may be that of another model, the student's when a teacher reads.
+    ``modality`` may be that of another model, the student's when a teacher reads; ``content`` as in ``encode``.
     """
-    return tokens.pool(model.encode(model.adapters[modality.name], tokens).tokens)
+    return tokens.pool(model.encode(model.adapters[modality.name], tokens, content).tokens)
+
+
+def mix(model: MMSSLModel, modality: Modality, tokens: Tokens, other: Tokens, partner: Tensor, share: Tensor) -> Tensor:
+    """Embedded contents of ``share * tokens + (1 - share) * other[partner]``, token by token.
+
+    Where tokens are embedded by an affine map this is the mixture of the inputs (Zhang et al., "mixup", ICLR 2018).
+    For modalities whose samples have places in common alone: see ``Objective.require_aligned``.
+
+    Args:
+        model: whose embedding is mixed.
+        modality: the modality that made the tokens.
+        tokens: the tokens to keep a share of; of several rows of a sample, which lie one after the other, each is mixed
+            with the row of the same number.
+        other: the tokens to mix them with, of as many samples; what is longer than ``tokens`` is cut.
+        partner: (samples,) long, which sample of ``other`` each is mixed with. Where that has no token, or padding, the
+            content stays as it is.
+        share: scalar or (samples,).
+
+    Returns:
+        (B, N, D), to be read by ``represent`` or ``encode`` with ``tokens``.
+    """
+    own, others = (model.adapters[modality.name].embed(each) for each in (tokens, other))
+    copies = len(own) // len(partner)
+    row = (partner[:, None] * copies + torch.arange(copies, device=partner.device)).flatten()
+    missing = own.shape[1] - others.shape[1]  # below 0 where others are cut
+    others = nn.functional.pad(others[row], (0, 0, 0, missing))
+    there = nn.functional.pad(other.valid[row], (0, missing), value=False)
+    share = share.expand(len(partner)).repeat_interleave(copies)[:, None, None].to(own.dtype)
+    return torch.where(there[..., None], share * own + (1 - share) * others, own)
 
 
 def smaller_config(config: EncoderConfig, width: int, layers: int, heads: int, drop_path_rate: float) -> EncoderConfig:
-    """The shape of a decoder or predictor: blocks of the encoder's kind at a size of their own, no prefix tokens."""
+    """The shape of a decoder or predictor: blocks of the encoder's kind at a size of their own, no prefix tokens.
+
+    They fill in tokens anywhere, so that theirs is never causal attention.
+    """
     config = copy.deepcopy(config)
     config.hidden_size, config.num_hidden_layers, config.num_attention_heads = width, layers, heads
     config.intermediate_size, config.drop_path_rate, config.final_norm = None, drop_path_rate, True
-    config.class_token, config.num_register_tokens = False, 0
+    config.class_token, config.num_register_tokens, config.causal_attention = False, 0, False
     return config
 
 
@@ -104,6 +145,7 @@ __all__ = [
     "Objective",
     "ObjectiveOutput",
     "global_mean",
+    "mix",
     "represent",
     "smaller_config",
     "views_of",

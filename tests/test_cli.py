@@ -12,8 +12,10 @@ import pytest
 from PIL import Image as PILImage
 
 from mmssl import MMSSLConfig, MMSSLModel
-from mmssl.cli import main, parse_pretrain
+from mmssl.cli import main, parse_pretrain, refused_cells
 from mmssl.data import DataArguments, load_samples
+from mmssl.discovery import find_all, names
+from mmssl.objectives.base import Objective
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,23 @@ def test_list_shows_what_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     printed = capsys.readouterr().out
     for name in ("Image", "Speech", "MaskedReconstruction", "knn", "linear", "few_shot", "digits", "espeak_digits"):
         assert name in printed
+
+
+def test_list_says_why_a_cell_of_the_matrix_is_refused() -> None:
+    """Nodes and groups have neither an order nor places in common, columns of a table no order."""
+    without_order = {"graph", "point_cloud"}
+    expected = {
+        "Autoregressive": without_order,
+        "EmbeddingMixup": without_order,
+        "PositionPrediction": {*without_order, "tabular"},
+        "TransformPrediction": {"graph", "tabular"},
+    }
+    cells = refused_cells()
+    assert {name for name, _ in cells} == set(find_all("objectives", Objective)) - {"Sum"}
+    assert {modality for _, modality in cells} == set(names("modalities"))
+    for (objective, modality), reason in cells.items():
+        assert bool(reason) == (modality in expected.get(objective, ()))
+        assert not reason or (objective in reason and modality in reason)
 
 
 def test_flags_win_over_the_recipe_and_the_recipe_over_the_defaults() -> None:

@@ -161,8 +161,11 @@ def slow_block(encoder: Encoder, layer: Any, x: Tensor, reads: list[set[int]]) -
     return norm(layer.norm2, old * x + mlp(x)) if encoder.config.feed_forward else x
 
 
-def slow_encoder(encoder: Encoder, inputs: Inputs, number: int) -> Tensor:
-    """One row (prefix + N, D), without padding. Prefix tokens read everything and are read by everything."""
+def slow_encoder(encoder: Encoder, inputs: Inputs, number: int, reads: list[set[int]] | None = None) -> Tensor:
+    """One row (prefix + N, D), without padding. Prefix tokens read everything and are read by everything.
+
+    Or each token what ``reads`` says, prefix tokens being the first ones.
+    """
     alone, prefix = inputs.row(number), encoder.num_prefix_tokens
     place = torch.cat([torch.zeros(prefix, WIDTH), alone.position[0]])  # prefix tokens have none
     x = alone.content[0]
@@ -170,10 +173,11 @@ def slow_encoder(encoder: Encoder, inputs: Inputs, number: int) -> Tensor:
         x = torch.cat([encoder.prefix_tokens[0], x])
     every = encoder.config.position_every_block
     x = x if every else x + place
-    everything = set(range(len(x)))
-    reads = [everything] * prefix + [
-        set(range(prefix)) | {prefix + other for other in others} for others in inputs.reads(number)
-    ]
+    if reads is None:
+        everything = set(range(len(x)))
+        reads = [everything] * prefix + [
+            set(range(prefix)) | {prefix + other for other in others} for others in inputs.reads(number)
+        ]
     pre = encoder.config.norm_position == "pre"
     x = x if pre else encoder.norm(x)
     for layer in blocks(encoder):
@@ -517,3 +521,91 @@ def test_prior_is_added_to_the_scores_of_attention(kind: str) -> None:
         torch.testing.assert_close(found.tokens[row][valid[row]], hidden[1:][valid[row]], atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="attention prior need attn_implementation sdpa or eager, and no edges"):
         encoder(content, position, valid, torch.zeros(2, 1, dtype=torch.long), prior=prior)
+
+
+# A part of the tokens is read, or those before alone
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("options", KINDS)
+@torch.no_grad()
+def test_with_a_context_every_token_reads_it_and_the_prefix_alone(attention: str, options: dict[str, Any]) -> None:
+    """In all layers the same ones, tokens outside of it and prefix tokens too; padding is none of it."""
+    encoder, inputs = make_encoder(attention, **options), make_inputs(edges=False)
+    context = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 1, 0, 0], [0, 0, 1, 0, 1]], dtype=torch.bool)
+    out = encoder(inputs.content, inputs.position, inputs.valid, context=context)
+    prefix = encoder.num_prefix_tokens
+    for row, (length, members) in enumerate(zip(LENGTHS, ({0, 3}, {1}, {2}), strict=True)):
+        reads = set(range(prefix)) | {prefix + member for member in members}
+        expected = slow_encoder(encoder, inputs, row, [reads] * (prefix + length))
+        found = torch.cat([out.prefix[row], out.tokens[row, :length]])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@torch.no_grad()
+def test_with_all_tokens_as_context_nothing_changes(attention: str) -> None:
+    encoder, inputs = make_encoder(attention, **PRE, **PREFIX), make_inputs(edges=False)
+    out = encoder(inputs.content, inputs.position, inputs.valid, context=torch.ones_like(inputs.valid))
+    assert torch.equal(out.tokens, run(encoder, inputs)[0])
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("options", KINDS)
+@torch.no_grad()
+def test_causal_attention_reads_itself_and_what_is_before(attention: str, options: dict[str, Any]) -> None:
+    """Prefix tokens come first: they read themselves and those before them, and all others read them."""
+    encoder, inputs = make_encoder(attention, **options, causal_attention=True), make_inputs(edges=False)
+    tokens, prefix = run(encoder, inputs)
+    for row, length in enumerate(LENGTHS):
+        reads = [set(range(token + 1)) for token in range(encoder.num_prefix_tokens + length)]
+        expected = slow_encoder(encoder, inputs, row, reads)
+        found = torch.cat([prefix[row], tokens[row, :length]])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_causal_attention_passes_over_padding_before_and_between_tokens(attention: str) -> None:
+    """A query of padding that has nothing to read stays finite and spoils nothing."""
+    encoder, inputs = make_encoder(attention, **PRE, causal_attention=True), make_inputs(edges=False)
+    valid = torch.tensor([[0, 0, 1, 0, 1], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1]], dtype=torch.bool)
+    inputs.content.requires_grad_()
+    tokens = encoder(inputs.content, inputs.position, valid).tokens
+    assert tokens.isfinite().all()
+    for row in range(3):
+        content, position = inputs.content[row : row + 1, valid[row]], inputs.position[row : row + 1, valid[row]]
+        alone = encoder(content, position, torch.ones(content.shape[:2], dtype=torch.bool)).tokens
+        torch.testing.assert_close(tokens[row, valid[row]], alone[0], atol=1e-5, rtol=0)
+    tokens[valid].square().sum().backward()
+    assert inputs.content.grad is not None and inputs.content.grad.isfinite().all()
+    assert not inputs.content.grad[~valid].any()
+
+
+@torch.no_grad()
+def test_causal_attention_reaches_flash_attention_which_takes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any) -> Any:
+        assert attention_mask is None
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=module.is_causal, scale=options["scaling"])
+        return out.transpose(1, 2), None
+
+    monkeypatch.setitem(encoder_module.ALL_ATTENTION_FUNCTIONS, "flash_attention_2", flash)
+    inputs = make_inputs(edges=False)
+    inputs.valid[:] = True
+    options = {**PRE, **PREFIX}
+    for causal in (True, False):
+        by_flash = run(make_encoder("flash_attention_2", **options, causal_attention=causal), inputs)
+        by_mask = run(make_encoder("sdpa", **options, causal_attention=causal), inputs)
+        torch.testing.assert_close(by_flash[0], by_mask[0], atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_context_and_causal_attention_cannot_go_with_is_refused() -> None:
+    inputs = make_inputs(edges=True)
+    content, position, valid = inputs.content, inputs.position, inputs.valid
+    prior = torch.zeros(*valid.shape, valid.shape[1])
+    for causal, context in ((True, None), (False, valid)):
+        encoder = make_encoder(causal_attention=causal)
+        for extra in ({"edges": inputs.edges}, {"prior": prior}):
+            with pytest.raises(ValueError, match="without edges and without attention prior"):
+                encoder(content, position, valid, context=context, **extra)
+    with pytest.raises(ValueError, match=r"flash attention.*sdpa or eager"):
+        make_encoder("flash_attention_2")(content, position, valid, context=valid)

@@ -274,6 +274,7 @@ def test_the_config_keeps_every_option_of_the_encoder(tmp_path: Path) -> None:
         "drop_path_rate": 0.1,
         "hidden_dropout_prob": 0.2,
         "attention_probs_dropout_prob": 0.3,
+        "causal_attention": True,
         "class_token": True,
         "num_register_tokens": 5,
         "initializer": "normal",

@@ -96,7 +96,10 @@ def clips(count: int) -> list[Any]:
 
 
 MODALITIES: dict[str, tuple[dict[str, Any], Callable[[int], list[Any]]]] = {
-    "image": ({"image_size": 8, "patch_size": 2, "num_channels": 1, "normalize_target": False}, images),
+    "image": (
+        {"image_size": 8, "patch_size": 2, "num_channels": 1, "normalize_target": False, "horizontal_flip": 0.5},
+        images,
+    ),
     "speech": (
         {
             "sampling_rate": 8000,
@@ -133,6 +136,7 @@ MODALITIES: dict[str, tuple[dict[str, Any], Callable[[int], list[Any]]]] = {
 }
 SMALL_DECODER = {"decoder_hidden_size": 16, "decoder_attention_heads": 2}
 SMALL_PREDICTOR = {"predictor_layers": 1, "predictor_hidden_size": 16, "predictor_attention_heads": 2}
+SMALL_PROJECTOR = {"projector_layers": 2, "projector_hidden_size": 16, "projector_size": 16}
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "MaskedReconstruction": [
         {"corruption": "drop", "decoder_layers": 1, **SMALL_DECODER},
@@ -177,6 +181,63 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
             **SMALL_PREDICTOR,
         },
     ],
+    "Contrastive": [
+        {"temperature": 0.3, **SMALL_PROJECTOR, "projector_layers": 1},
+        {
+            "temperature": 0.5,
+            "projector_hidden_size": 32,
+            "projector_size": 32,
+            "predictor_layers": 2,
+            "momentum": [0.9, 1.0],
+            "scale_by_temperature": True,
+        },
+        {
+            "temperature": 0.3,
+            "momentum": [0.9, 0.9],
+            "queue_size": 10,
+            "hard_negatives": 4,
+            "mixed_negatives": 2,
+            "query_mixed_negatives": 1,
+            "extrapolation": 2.0,
+            "interpolation": 1.6,
+            **SMALL_PROJECTOR,
+        },
+    ],
+    "GroupOrdering": [
+        {"num_negatives": 3, "steepness": 3.0, **SMALL_PROJECTOR},  # its loss has a least value, which falls with this
+        {"num_views": 3, "num_negatives": 2, "steepness": 3.0, **SMALL_PROJECTOR},
+    ],
+    "BarlowTwins": [
+        {"redundancy_weight": 0.05, **SMALL_PROJECTOR},
+        {"redundancy_weight": 0.05, "mix_weight": 2.0, **SMALL_PROJECTOR},
+    ],
+    "VICReg": [{**SMALL_PROJECTOR}],
+    "SelfDistillation": [
+        {**SMALL_PROJECTOR},
+        {"prototypes": 8, "local_views": 2, "local_scale": [0.3, 0.6], "freeze_prototypes": 0.0, **SMALL_PROJECTOR},
+        {
+            "prototypes": 8,
+            "token_weight": 1.0,
+            "mask_style": "block",
+            "teacher_temperature": [0.01, 0.01],  # the loss cannot go below the entropy of what the teacher says
+            "freeze_prototypes": 0.0,
+            "mask_ratio": 0.2,
+            **SMALL_PROJECTOR,
+        },
+    ],
+    "PositionPrediction": [{"mask_ratio": 0.5}],
+    "TransformPrediction": [
+        {"pretext": "rotation", "head_widths": [16]},
+        {"pretext": "order", "head_widths": []},
+        {"pretext": "up", "head_widths": [16]},
+    ],
+    "Autoregressive": [{"shift": 2}],
+    "BagOfWords": [
+        {"words": 12, "crop_scale": [0.3, 0.6]},
+        {"words": 6, "layers": [1, 2], "crops": 1, "crop_scale": [0.5, 0.5], "momentum": [0.9, 1.0]},
+    ],
+    "EmbeddingMixup": [{"alpha": 0.3, "projector_size": 16}],
+    "ShuffledEmbeddingDetection": [{"shuffle_ratio": 0.2}],
     "Sum": [
         {
             "terms": {
@@ -206,19 +267,29 @@ ALL = [
 ]
 
 
-def refused(modality: str, options: dict[str, Any]) -> bool:
+def refused(modality: str, objective: str, options: dict[str, Any]) -> bool:
     """Whether the modality lacks what these options of an objective need."""
-    return options.get("corruption") == "alter" and not make_modality(modality, {}).offers("alter")
+    chosen = make_modality(modality, MODALITIES[modality][0])
+    if objective == "PositionPrediction" and not chosen.offers("places"):
+        return True
+    if objective == "TransformPrediction" and options["pretext"] not in chosen.pretexts:
+        return True
+    if objective in ("Autoregressive", "EmbeddingMixup") and not chosen.aligned:
+        return True
+    if options.get("mix_weight") and not chosen.aligned:
+        return True
+    return options.get("corruption") == "alter" and not chosen.offers("alter")
 
 
-CELLS = [cell for cell in ALL if not refused(cell[0], cell[2])]
-REFUSED = [cell for cell in ALL if refused(cell[0], cell[2])]
+CELLS = [cell for cell in ALL if not refused(*cell)]
+REFUSED = [cell for cell in ALL if refused(*cell)]
 IDS = [f"{modality}-{objective}-{number}" for number, (modality, objective, _) in enumerate(CELLS)]
 
 
 def build(modality: str, objective: str, options: dict[str, Any], **config: Any) -> tuple[Objective, Modality]:
     """A tiny objective over a tiny model, in training mode, and a modality for the data side."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "class_token": True, **config}
+    sizes["causal_attention"] = objective == "Autoregressive"
     model = MMSSLModel(MMSSLConfig(modalities={modality: MODALITIES[modality][0]}, **sizes))
     adapter = make_modality(modality, MODALITIES[modality][0])
     return find_all("objectives", Objective)[objective](model, **options).train(), adapter

@@ -39,10 +39,16 @@ def of_samples(index: Tensor) -> Iterator[None]:
         *bounds, shape = arguments
         return rows(lambda size, **rest: integers(*bounds, size, **rest))(shape, **options)
 
+    gammas = torch._standard_gamma
+
+    def standard_gamma(parameter: Tensor, **options: Any) -> Tensor:
+        return rows(lambda size, **rest: gammas(parameter[:1].expand(size), **rest))(parameter.shape, **options)
+
     with (
         mock.patch("torch.rand", rows(torch.rand)),
         mock.patch("torch.randn", rows(torch.randn)),
         mock.patch("torch.randint", randint),
+        mock.patch("torch._standard_gamma", standard_gamma),
         mock.patch("torch.randperm", within_halves),
     ):
         yield

@@ -27,12 +27,17 @@ def test_two_processes_are_one_with_the_whole_batch(cell: str, found: Any) -> No
     for process in together:
         assert process.keys() == alone.keys()
         for name, value in process.items():
+            # What a batch norm takes off again has gradients of 0, which are rounding errors here.
             torch.testing.assert_close(
-                value, alone[name], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+                value, alone[name], rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
             )
 
 
-@pytest.mark.parametrize("cell", SAMPLE_BY_SAMPLE)
+# Who is mixed with whom is drawn by their places in the batch.
+MIXED = [name for name, cell in SAMPLE_BY_SAMPLE.items() if cell[1] == "EmbeddingMixup" or cell[2].get("mix_weight")]
+
+
+@pytest.mark.parametrize("cell", [name for name in SAMPLE_BY_SAMPLE if name not in MIXED])
 def test_order_of_the_batch_does_not_matter(cell: str) -> None:
     module, batch = make(*SAMPLE_BY_SAMPLE[cell])
     half = torch.randperm(TOTAL // 2, generator=torch.Generator().manual_seed(1))
