@@ -10,7 +10,7 @@ one view, the key k of the other one and negatives n, in both directions:
 * He et al., "MoCo", CVPR 2020, and Chen et al., "MoCo v2", 2020: keys are of a moving average of model and projector,
   negatives of a queue of earlier keys. ``momentum=(0.999, 0.999)``, ``queue_size=65536``, ``batch_norm=False``.
 * Chen et al., "MoCo v3", ICCV 2021, and Atito et al., "SiT", 2021: such keys, negatives are those of the batch's other
-  view. ``momentum=(0.99, 1.0)``, ``scale_by_temperature=True``; MoCo v3 has a predictor besides.
+  view. ``momentum=(0.99, 1.0)``, ``scale_by_temperature=True``; MoCo v3 has a predictor, and SiT ``alter_queries``.
 * Kalantidis et al., "MoCHi", NeurIPS 2020: more negatives, mixed from those of the queue that are nearest to the query.
   ``hard_negatives``, ``mixed_negatives``, ``query_mixed_negatives``.
 * Zhu et al., "Improving contrastive learning by visualizing feature transformation", ICCV 2021: positives are pushed
@@ -47,6 +47,7 @@ class Contrastive(Objective):
         momentum: of the moving average of model and projector that keys are from, at the first step and at the last
             one, along a cosine. None: keys are from the model itself, with gradient (SimCLR).
         queue_size: number of keys of earlier steps that are the negatives, of both views. 0: the batch's are.
+        alter_queries: queries are read from altered tokens, as the modality alters them, keys from clean ones (SiT).
         scale_by_temperature: the loss is the sum of both directions times 2 * temperature (MoCo v3), not their mean.
         hard_negatives: how many negatives of the queue, those nearest to a query, are mixed (MoCHi: 1024 of 16384).
         mixed_negatives: so many mixtures of two of them for each query (MoCHi: 1024).
@@ -68,6 +69,7 @@ class Contrastive(Objective):
         predictor_layers: int = 0,
         momentum: tuple[float, float] | None = None,
         queue_size: int = 0,
+        alter_queries: bool = False,
         scale_by_temperature: bool = False,
         hard_negatives: int = 0,
         mixed_negatives: int = 0,
@@ -95,10 +97,11 @@ class Contrastive(Objective):
         ):
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: found {value}; expected a number above 0")
-        if momentum is None and (queue_size or predictor_layers):
+        if momentum is None and (queue_size or predictor_layers or alter_queries):
             raise ValueError(
-                f"found queue_size {queue_size} and predictor_layers {predictor_layers} with momentum=None; expected "
-                "0 of both: they are of keys from a moving average, so set momentum, for example to [0.99, 1.0]"
+                f"found queue_size {queue_size}, predictor_layers {predictor_layers} and alter_queries {alter_queries} "
+                "with momentum=None; expected none of them: they are of keys from a moving average, so set momentum, "
+                "for example to [0.99, 1.0]"
             )
         if not queue_size and (hard_negatives or extrapolation is not None or interpolation is not None):
             raise ValueError(
@@ -112,11 +115,13 @@ class Contrastive(Objective):
                 f"{query_mixed_negatives} and queue_size {queue_size}; expected {least} to the size of the queue"
             )
         self.require("view", "views of each sample", "a modality with views, or an objective that needs none")
+        if alter_queries:
+            self.require("alter", "alter_queries=True", "alter_queries=False")
         self.temperature, self.projector_layers = temperature, projector_layers
         self.projector_hidden_size, self.projector_size = projector_hidden_size, projector_size
         self.batch_norm, self.predictor_layers = batch_norm, predictor_layers
         self.momentum = None if momentum is None else (momentum[0], momentum[1])
-        self.queue_size, self.scale_by_temperature = queue_size, scale_by_temperature
+        self.queue_size, self.alter_queries, self.scale_by_temperature = queue_size, alter_queries, scale_by_temperature
         self.hard_negatives, self.mixed_negatives = hard_negatives, mixed_negatives
         self.query_mixed_negatives = query_mixed_negatives
         self.extrapolation, self.interpolation = extrapolation, interpolation
@@ -144,7 +149,8 @@ class Contrastive(Objective):
     def forward(self, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
         modality = self.model.modality_of(batch)
         views = views_of(modality, batch, generator)
-        represented = [represent(self.model, modality, view) for view in views]
+        read = [modality.alter(view, generator)[0] for view in views] if self.alter_queries else views
+        represented = [represent(self.model, modality, each) for each in read]
         queries = [self.query(each) for each in represented]
         keys = queries if self.momentum is None else self.keys(modality, views)
         losses: list[Tensor] = []

@@ -47,6 +47,11 @@ class WithoutViews(Image):
     view = Modality.view
 
 
+class WithoutAlterations(Image):
+    name: ClassVar = "plain_image"
+    alter = Modality.alter
+
+
 def key(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -248,6 +253,23 @@ def test_model_and_projector_are_followed_and_the_student_is_what_is_saved() -> 
             moved += 1
     assert moved == len([name for name in before if name.startswith(("model", "projector"))])
     assert objective.trained is objective.model
+
+
+def test_queries_alone_are_read_from_altered_tokens() -> None:
+    """As by hand: views, then alterations of both; keys are those of the clean views."""
+    objective = make(**MOCO, alter_queries=True)
+    (modality,) = objective.model.adapters.values()
+    generator = key(3)
+    views = views_of(modality, images(), generator)
+    altered = [modality.alter(view, generator)[0] for view in views]
+    assert all(not torch.equal(one.content, other.content) for one, other in zip(views, altered, strict=True))
+    queries = [objective.query(represent(objective.model, modality, each)) for each in altered]
+    keys = objective.keys(modality, views)
+    losses = []
+    for query, other in ((queries[0], keys[1]), (queries[1], keys[0])):
+        for row in range(5):
+            losses.append(slow(query[row], other[row], [other[n] for n in range(5) if n != row]))
+    torch.testing.assert_close(objective(images(), key(3)).loss, torch.stack(losses).mean())
 
 
 # The queue
@@ -544,6 +566,7 @@ def test_uniformity_of_known_sets() -> None:
         ({"predictor_layers": -1}, "predictor_layers"),
         ({"predictor_layers": 2}, "momentum=None"),
         ({"queue_size": 16}, "momentum=None"),
+        ({"alter_queries": True}, "momentum=None"),
         ({**MOCO, "queue_size": -1}, "queue_size"),
         ({"momentum": (0.9, 1.1)}, "momentum"),
         ({**MOCO, "hard_negatives": 4, "mixed_negatives": 2}, "queue"),
@@ -571,11 +594,14 @@ def test_a_batch_without_negatives_is_refused() -> None:
     assert make(**QUEUE, batch_norm=False)(images(1), key()).loss.isfinite()
 
 
-def test_a_modality_without_views_is_refused() -> None:
+def test_a_modality_without_views_or_alterations_is_refused() -> None:
     model = make_model()
     model.modalities["image"] = WithoutViews(**IMAGE).build(16)
     with pytest.raises(ValueError, match=r"Contrastive.*plain_image"):
         Contrastive(model)
+    model.modalities["image"] = WithoutAlterations(**IMAGE).build(16)
+    with pytest.raises(ValueError, match=r"Contrastive with alter_queries=True.*plain_image"):
+        Contrastive(model, **MOCO, alter_queries=True)
 
 
 def test_without_batch_norm_there_is_none() -> None:
