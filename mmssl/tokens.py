@@ -81,8 +81,11 @@ class Tokens:
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Mean of ``hidden`` (B, N, D) over the valid tokens of each sample: (number of samples, D)."""
-        weight = self.valid.float()  # a sum in half precision would lose digits, or overflow
-        total, count = torch.einsum("bnd,bn->bd", hidden.float(), weight), weight.sum(dim=1, keepdim=True)
+        weight = self.valid.float()
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # a sum in half precision would lose digits, or overflow
+            total, count = torch.einsum("bnd,bn->bd", hidden.float(), weight), weight.sum(dim=1, keepdim=True)
         if self.sample is not None:
             samples = int(self.sample.max()) + 1
             total = total.new_zeros(samples, total.shape[1]).index_add_(0, self.sample, total)

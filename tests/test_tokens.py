@@ -147,6 +147,15 @@ def test_pool_of_repeated_rows_of_named_samples_is_their_mean() -> None:
     torch.testing.assert_close(tokens.repeat(2).pool(hidden), expected)
 
 
+def test_pool_under_autocast_sums_in_full_precision() -> None:
+    tokens = random_tokens(2)
+    tokens.sample = None
+    hidden = 1 + torch.randn(ROWS, LENGTH, 5, generator=torch.Generator().manual_seed(0)) / 1000
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = tokens.pool(hidden)
+    torch.testing.assert_close(inside, tokens.pool(hidden), atol=0, rtol=0)
+
+
 def test_pool_of_a_row_without_tokens_is_zero() -> None:
     tokens = random_tokens(0, lengths=(7, 1, 6), edges=0)
     tokens.valid[1] = False

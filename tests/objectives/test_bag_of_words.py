@@ -14,7 +14,7 @@ from mmssl.discovery import options_of
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
-from mmssl.objectives.bag_of_words import BagOfWords, Vocabulary, WeightMaker, divergence, perplexity, squared_distance
+from mmssl.objectives.bag_of_words import BagOfWords, Vocabulary, divergence, perplexity, squared_distance
 from mmssl.objectives.base import represent, views_of
 from mmssl.objectives.contrastive import similarity
 from tests.matrix.cases import MODALITIES, make_batch
@@ -54,6 +54,7 @@ def images(batch: int = 5, seed: int = 0) -> Batch:
 
 
 def vocabulary(size: int = 7, width: int = 4, inv_delta: float = 10.0, seed: int = 0) -> Vocabulary:
+    torch.manual_seed(0)
     made = Vocabulary(size, width, inv_delta)
     made.queue.features = torch.randn(size, width, generator=key(seed))
     return made
@@ -107,13 +108,12 @@ def test_order_of_tokens_and_padding_do_not_matter() -> None:
 
 def test_order_of_words_is_that_of_bags_weights_and_scores() -> None:
     own, (tokens, valid) = vocabulary(), features()
-    torch.manual_seed(0)
-    weight_maker, represented = WeightMaker(4), torch.randn(3, 4)
-    bag, weights = own(tokens, valid)[0], weight_maker(own.queue.features)
+    represented = torch.randn(3, 4, generator=key(3))
+    bag, weights = own(tokens, valid)[0], own.weights()
     loss = divergence(bag, similarity(represented, weights))
     order = torch.randperm(7, generator=key(2))
     own.queue.features = own.queue.features[order]
-    turned = weight_maker(own.queue.features)
+    turned = own.weights()
     torch.testing.assert_close(own(tokens, valid)[0], bag[:, order])
     torch.testing.assert_close(turned, weights[order])
     torch.testing.assert_close(divergence(bag[:, order], similarity(represented, turned)), loss)
@@ -195,13 +195,13 @@ def test_one_token_of_each_sample_replaces_the_oldest_words(modality: str) -> No
     for step in range(6):
         whole = views_of(own, batch, key(step), 1)[0]
         read = objective.teacher_reads(own, whole)
-        before = [each.queue.features.clone() for each in objective.vocabularies]
+        before = [each.queue.features.clone() for each in objective.levels]
         objective(batch, key(step))
-        for old, each in zip(before, objective.vocabularies, strict=True):
+        for old, each in zip(before, objective.levels, strict=True):
             assert torch.equal(old, each.queue.features)  # until the step is done
         objective.after_step(0.0)
         places = []
-        for level, (old, each) in enumerate(zip(before, objective.vocabularies, strict=True)):
+        for level, (old, each) in enumerate(zip(before, objective.levels, strict=True)):
             first = 5 * step % 12
             rows = [(first + number) % 12 for number in range(5)]
             changed = (each.queue.features != old).any(dim=1).nonzero().flatten().tolist()
@@ -224,7 +224,7 @@ def test_a_step_of_several_batches_enters_all_of_them() -> None:
         first = objective(images(3), key(seed)).loss
         assert torch.equal(first, objective(images(3), key(seed)).loss)  # by the same words
     objective.after_step(0.0)
-    (own,) = objective.vocabularies
+    (own,) = objective.levels
     assert own.queue.pointer == 0 and own.steps == 1  # 12 words
     assert not torch.equal(first, objective(images(3), key(1)).loss)
 
@@ -241,13 +241,12 @@ def test_words_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path) -> 
     represented = torch.randn(4, 4, generator=key(4))
 
     def run(rows: slice) -> Any:
-        torch.manual_seed(0)
-        own, weight_maker = vocabulary(), WeightMaker(4)
+        own = vocabulary()
         bag, mu = own(tokens[rows], valid[rows])
         own.see(tokens[rows, 0], mu)
-        divergence(bag, similarity(represented[rows], weight_maker(own.queue.features))).mean().backward()
+        divergence(bag, similarity(represented[rows], own.weights())).mean().backward()
         own.move()
-        return bag, own.state_dict(), [parameter.grad for parameter in weight_maker.parameters()]
+        return bag, own.state_dict(), [parameter.grad for parameter in own.parameters()]
 
     halves = on_two_processes(lambda rank: run(slice(2 * rank, 2 * rank + 2)), tmp_path)
     bag, state, gradients = run(slice(0, 4))
@@ -262,15 +261,16 @@ def test_words_of_two_processes_are_those_of_the_whole_batch(tmp_path: Path) -> 
 
 
 def test_weights_are_those_of_pytorch_layers() -> None:
-    torch.manual_seed(0)
-    weight_maker, words = WeightMaker(4), torch.randn(7, 4)
-    one, _, _, two = weight_maker.layers
+    own = vocabulary()
+    one, _, _, two = own.weight_maker
+    assert isinstance(one, nn.Linear) and isinstance(two, nn.Linear)
     assert one.bias is None and two.bias is not None and one.weight.shape == (8, 4)
     norm = nn.BatchNorm1d(8).train()
-    expected = F.normalize(two(norm(one(F.normalize(words))).relu()))
-    torch.testing.assert_close(weight_maker(words), expected)
-    torch.testing.assert_close(weight_maker(words * torch.rand(7, 1) + words), expected)  # lengths do not matter
-    assert torch.equal(weight_maker.eval()(words), weight_maker.train()(words))
+    expected = F.normalize(two(norm(one(F.normalize(own.queue.features))).relu()))
+    torch.testing.assert_close(own.weights(), expected)
+    assert torch.equal(own.eval().weights(), own.train().weights())
+    own.queue.features = own.queue.features * torch.linspace(0.1, 9, 7)[:, None]  # lengths do not matter
+    torch.testing.assert_close(own.weights(), expected)
 
 
 def test_divergence_is_that_of_pytorch_and_0_at_best() -> None:
@@ -293,9 +293,9 @@ def test_objective_is_that_of_a_loop(layers: tuple[int, ...]) -> None:
     pieces = [objective.piece(modality, other, generator) for other in others]
     read = [represent(objective.model, modality, piece).detach() for piece in pieces]
     losses, perplexities, of_means = [], [], []
-    for tokens, own, weight_maker in zip(levels, objective.vocabularies, objective.weight_makers, strict=True):
+    for tokens, own in zip(levels, objective.levels, strict=True):
         bags, _ = bags_by_hand(tokens.detach(), whole.valid, own.queue.features, 5.0)
-        weights = weight_maker(own.queue.features).detach().double()
+        weights = own.weights().detach().double()
         for each in read:
             for bag, vector in zip(bags, each.double(), strict=True):
                 scores = [2.0 * float(vector @ weight) for weight in weights]
