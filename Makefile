@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# One process for each core, of one thread: the tests' tensors are too small to share.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 .PHONY: demo test test-fast lint format bench clean
 
@@ -17,10 +19,10 @@ demo: $(INSTALLED)  ## pretrain on handwritten digits, about two minutes on two 
 		examples/pretrain_image.py --train.overwrite_output_dir true
 
 test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(INSTALLED)  ## without those that take more than a few seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

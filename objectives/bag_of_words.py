@@ -24,10 +24,10 @@ from mmssl.feature_queue import FeatureQueue
 from mmssl.heads import BatchNorm
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
-from mmssl.objectives.base import Objective, ObjectiveOutput, represent, views_of
+from mmssl.objectives.base import Objective, ObjectiveOutput, piece_of, represent, views_of
 from mmssl.objectives.contrastive import similarity, unit
 from mmssl.teacher import Teacher
-from mmssl.tokens import Tokens, indices_of
+from mmssl.tokens import Tokens
 
 MU_MOMENTUM, MU_WARMUP = 0.99, 10
 
@@ -98,7 +98,9 @@ class BagOfWords(Objective):
     def forward(self, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
         modality = self.model.modality_of(batch)
         whole, *others = views_of(modality, batch, generator, 1 + self.crops)
-        pieces = [represent(self.model, modality, self.piece(modality, view, generator)) for view in others]
+        pieces = [
+            represent(self.model, modality, piece_of(modality, view, self.crop_scale, generator)) for view in others
+        ]
         # Of a sample with several rows, all tokens are one bag.
         samples = len(pieces[0])
         valid = whole.valid.reshape(samples, -1)
@@ -119,12 +121,6 @@ class BagOfWords(Objective):
             metrics.append({**perplexities, "mu": mu})
         means = {name: torch.stack([each[name] for each in metrics]).mean() for name in metrics[0]}
         return ObjectiveOutput(torch.stack(losses).mean(), means, pieces[0].detach())
-
-    def piece(self, modality: Modality, tokens: Tokens, generator: torch.Generator) -> Tokens:
-        """A connected part of each row."""
-        least, greatest = self.crop_scale
-        share = least + (greatest - least) * torch.rand((), generator=generator, device=tokens.valid.device)
-        return tokens.select(*indices_of(modality.region(tokens, share, generator)))
 
     @torch.no_grad()
     def teacher_reads(self, modality: Modality, tokens: Tokens) -> list[Tensor]:

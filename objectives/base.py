@@ -10,7 +10,7 @@ from mmssl.collectives import sum_over_processes, world_size
 from mmssl.encoder import EncoderConfig, init_weights
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
-from mmssl.tokens import Tokens
+from mmssl.tokens import Tokens, indices_of
 
 
 @dataclass
@@ -81,6 +81,13 @@ def views_of(modality: Modality, batch: Batch, generator: torch.Generator, count
     return [modality.tokenize(modality.view(batch, generator).batch) for _ in range(count)]
 
 
+def piece_of(modality: Modality, tokens: Tokens, scale: tuple[float, float], generator: torch.Generator) -> Tokens:
+    """A connected part of each row, of a share of its tokens drawn from ``scale`` once for the batch: a local view."""
+    least, greatest = scale
+    share = least + (greatest - least) * torch.rand((), generator=generator, device=tokens.valid.device)
+    return tokens.select(*indices_of(modality.region(tokens, share, generator)))
+
+
 def represent(model: MMSSLModel, modality: Modality, tokens: Tokens, content: Tensor | None = None) -> Tensor:
     """(samples, D) mean of the model's outputs for the valid tokens: what the model returns as its pooled output.
 
@@ -146,6 +153,7 @@ __all__ = [
     "ObjectiveOutput",
     "global_mean",
     "mix",
+    "piece_of",
     "represent",
     "smaller_config",
     "views_of",

@@ -79,9 +79,7 @@ class EmbeddingMixup(Objective):
 def shares(alpha: float, count: int, generator: torch.Generator) -> Tensor:
     """(count,) numbers from 1/2 to 1: of Beta(alpha, alpha) and 1 less it, the greater one."""
     gammas = torch._standard_gamma(torch.full((count, 2), alpha, device=generator.device), generator=generator)
-    share = gammas.clamp(min=1e-30)  # or both may be 0 where alpha is small
-    share = share / share.sum(dim=1, keepdim=True)
-    return share.amax(dim=1)
+    return (gammas / gammas.sum(dim=1, keepdim=True)).amax(dim=1)
 
 
 def wanted(own: Tensor, partner: Tensor, share: Tensor, candidates: int) -> Tensor:

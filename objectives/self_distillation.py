@@ -28,9 +28,9 @@ from mmssl.heads import mlp
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
 from mmssl.monitors import spread
-from mmssl.objectives.base import Objective, ObjectiveOutput, global_mean, represent, views_of
+from mmssl.objectives.base import Objective, ObjectiveOutput, global_mean, piece_of, represent, views_of
 from mmssl.teacher import Teacher
-from mmssl.tokens import Tokens, gather, indices_of
+from mmssl.tokens import Tokens, gather
 
 
 class SelfDistillation(Objective):
@@ -179,7 +179,7 @@ class SelfDistillation(Objective):
                 prediction = self.student_says(gather(read, mask.hidden_index))
                 of_tokens.append(global_mean(self.distance(target, prediction), mask.hidden_valid.float()))
         for view in views_of(modality, batch, generator, self.local_views):
-            piece = self.piece(modality, view, generator)
+            piece = piece_of(modality, view, self.local_scale, generator)
             predictions.append(self.student_says(represent(self.model, modality, piece)))
 
         pairs = [(target, said) for u, target in enumerate(targets) for v, said in enumerate(predictions) if u != v]
@@ -190,12 +190,6 @@ class SelfDistillation(Objective):
             metrics |= {"views": loss.detach(), "tokens": tokens.detach()}
             loss = loss + self.token_weight * tokens
         return ObjectiveOutput(loss, metrics, embeddings[0].detach())
-
-    def piece(self, modality: Modality, tokens: Tokens, generator: torch.Generator) -> Tokens:
-        """A connected part of each row."""
-        least, greatest = self.local_scale
-        share = least + (greatest - least) * torch.rand((), generator=generator, device=tokens.valid.device)
-        return tokens.select(*indices_of(modality.region(tokens, share, generator, tokens.valid)))
 
     def student_says(self, features: Tensor) -> Tensor:
         """Of (..., D): logarithms of a distribution over prototypes, or predictions of length 1."""

@@ -21,6 +21,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, 
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("two_processes")  # that they are launched once
 @pytest.mark.parametrize("cell", SAMPLE_BY_SAMPLE)
 def test_two_processes_are_one_with_the_whole_batch(cell: str, found: Any) -> None:
     *together, alone = (results[cell] for results in found)

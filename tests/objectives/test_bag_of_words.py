@@ -15,7 +15,7 @@ from mmssl.modalities.base import Batch, Modality
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.bag_of_words import BagOfWords, Vocabulary, divergence, perplexity, squared_distance
-from mmssl.objectives.base import represent, views_of
+from mmssl.objectives.base import piece_of, represent, views_of
 from mmssl.objectives.contrastive import similarity
 from tests.matrix.cases import MODALITIES, make_batch
 from tests.test_heads import on_two_processes
@@ -290,7 +290,7 @@ def test_objective_is_that_of_a_loop(layers: tuple[int, ...]) -> None:
     teacher = objective.teacher.module
     out = teacher.encode(teacher.adapters["image"], whole, keep_layers=layers)
     levels = out.layers if layers else [out.tokens]
-    pieces = [objective.piece(modality, other, generator) for other in others]
+    pieces = [piece_of(modality, other, objective.crop_scale, generator) for other in others]
     read = [represent(objective.model, modality, piece).detach() for piece in pieces]
     losses, perplexities, of_means = [], [], []
     for tokens, own in zip(levels, objective.levels, strict=True):

@@ -16,7 +16,7 @@ from mmssl.modalities.base import Batch, Modality
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives import self_distillation
-from mmssl.objectives.base import represent, views_of
+from mmssl.objectives.base import piece_of, represent, views_of
 from mmssl.objectives.self_distillation import Centre, PrototypeHead, SelfDistillation
 from mmssl.teacher import Teacher
 from mmssl.training import TrainArguments
@@ -105,7 +105,7 @@ def test_byol_is_that_of_a_loop_over_pairs_and_samples() -> None:
     modality, teacher = modality_of(objective), objective.teacher.module
     views = views_of(modality, images(), generator)
     (local,) = views_of(modality, images(), generator, 1)
-    read = [*views, objective.piece(modality, local, generator)]
+    read = [*views, piece_of(modality, local, objective.local_scale, generator)]
     said = [objective.predictor(objective.head(represent(objective.model, modality, view))) for view in read]
     known = [objective.teacher_head.module(represent(teacher, modality, view)) for view in views]
     pairs = [(u, v) for u in range(2) for v in range(3) if u != v]
@@ -124,7 +124,7 @@ def test_dino_is_that_of_a_loop_over_pairs_samples_and_prototypes() -> None:
     modality, teacher = modality_of(objective), objective.teacher.module
     views = views_of(modality, images(), generator)
     local = views_of(modality, images(), generator, 2)
-    read = [*views, *(objective.piece(modality, view, generator) for view in local)]
+    read = [*views, *(piece_of(modality, view, objective.local_scale, generator) for view in local)]
     said = [represent(objective.model, modality, view) for view in read]
     known = [represent(teacher, modality, view) for view in views]
     losses = [
@@ -216,7 +216,7 @@ def test_local_views_never_reach_the_teacher(name: str) -> None:
 def test_a_piece_is_connected_and_as_large_as_it_should_be() -> None:
     objective = make(local_views=1, local_scale=(0.25, 0.25))
     tokens = modality_of(objective).tokenize(images(16))
-    piece = objective.piece(modality_of(objective), tokens, key(0))
+    piece = piece_of(modality_of(objective), tokens, objective.local_scale, key(0))
     assert piece.valid.sum(dim=1).eq(4).all()
     height, width = (piece.coords.amax(dim=1) - piece.coords.amin(dim=1) + 1).unbind(-1)
     assert (height * width == 4).all()  # a rectangle of patches
@@ -232,7 +232,9 @@ def test_size_of_a_piece_is_drawn_from_its_range() -> None:
     modality = modality_of(objective)
     tokens = modality.tokenize(make_batch(modality, 4))
     count = tokens.valid.sum(dim=1)
-    shares = torch.stack([objective.piece(modality, tokens, key(seed)).valid.sum(dim=1) / count for seed in range(60)])
+    shares = torch.stack(
+        [piece_of(modality, tokens, objective.local_scale, key(seed)).valid.sum(dim=1) / count for seed in range(60)]
+    )
     assert (shares * count >= (0.3 * count).floor()).all() and (shares * count <= (0.8 * count).ceil()).all()
     assert shares.mean(dim=1).min() < 0.4 and shares.mean(dim=1).max() > 0.7
 
