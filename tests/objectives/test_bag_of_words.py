@@ -334,12 +334,13 @@ def test_rows_of_a_sample_are_one_bag(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_pieces_are_connected_parts_of_the_given_size() -> None:
     objective = make(crop_scale=(0.25, 0.25))
     modality = objective.model.adapters["image"]
-    piece = objective.piece(modality, modality.tokenize(images()), key(0))
+    piece = piece_of(modality, modality.tokenize(images()), objective.crop_scale, key(0))
     assert piece.valid.shape == (5, 4) and piece.valid.all()
     extent = piece.coords.amax(dim=1) - piece.coords.amin(dim=1)
     assert (extent <= 3).all()
     objective = make(crop_scale=(0.1, 1.0))
-    sizes = {objective.piece(modality, modality.tokenize(images()), key(seed)).valid.shape[1] for seed in range(20)}
+    tokens = modality.tokenize(images())
+    sizes = {piece_of(modality, tokens, objective.crop_scale, key(seed)).valid.shape[1] for seed in range(20)}
     assert len(sizes) > 5
 
 
