@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +44,7 @@ from mmssl.objectives.self_distillation import SelfDistillation
 from mmssl.objectives.vicreg import VICReg
 
 WIDTH, HIDDEN, OUT, KEYS, PROTOTYPES, MOMENTUM = 96, 512, 128, 1024, 1024, (0.99, 1.0)
-VIEWS = {"crop_scale": (0.4, 1.0), "horizontal_flip": 0.5, "color_jitter": 0.4}
+VIEWS: dict[str, Any] = {"crop_scale": (0.4, 1.0), "horizontal_flip": 0.5, "color_jitter": 0.4}
 OURS: dict[str, Callable[[MMSSLModel], Objective]] = {
     "SimCLR": lambda model: Contrastive(model, 0.1, 2, HIDDEN, OUT),
     "MoCo": lambda model: Contrastive(model, 0.2, 2, HIDDEN, OUT, batch_norm=False, momentum=MOMENTUM, queue_size=KEYS),
@@ -138,8 +139,8 @@ def main(
                 features = [embed(model, images) for images, _ in (train, test)]
                 scores[side].append(PROTOCOLS["linear"](features[0], train[1], features[1], test[1], None))
         mean = {side: f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}" for side, found in scores.items()}
-        ratio = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        table.add_row(name, f"{different:.1e} apart", ratio, mean["ours"], mean["lightly"])
+        faster = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        table.add_row(name, f"{different:.1e} apart", faster, mean["ours"], mean["lightly"])
         rows[name] = {"difference": different, "ratios": ratios, "scores": scores}
         if output:
             Path(output).write_text(json.dumps(rows, indent=1))
@@ -166,7 +167,8 @@ def make(seed: int, build: Callable[[MMSSLModel], Objective]) -> Objective:
 
 def difference(name: str, pixels: Tensor, seed: int) -> float:
     """Relative difference of our loss and lightly's of what our head says of the same views."""
-    ours, peer = make(seed, OURS[name]), make(seed, PEERS[name])
+    ours: Any = make(seed, OURS[name])
+    peer: Any = make(seed, PEERS[name])
     heads = [ours.head, ours.teacher_head.module] if name == "DINO" else [ours.projector]
     if name == "MoCo":
         heads.append(ours.teacher_projector.module)
@@ -193,7 +195,7 @@ def trained(name: str, pixels: Tensor, seed: int, steps: int, batch_size: int) -
     """Both sides after training on the same batches, and how many of our steps go into the time of one of lightly's."""
     sides = [make(seed, OURS[name]), make(seed, PEERS[name])]
     optimizers = [torch.optim.AdamW([p for p in s.parameters() if p.requires_grad], 1e-3) for s in sides]
-    order, spent = torch.Generator().manual_seed(seed), ([], [])
+    order, spent = torch.Generator().manual_seed(seed), (list[float](), list[float]())
     for step in range(steps):
         batch = {"pixel_values": pixels[torch.randperm(len(pixels), generator=order)[:batch_size]]}
         for which in (0, 1) if step % 2 else (1, 0):

@@ -74,14 +74,14 @@ def train(cell: dict[str, Any], folder: Path, seed: int) -> Path:
     return pretrain(given.modality, given.objective, given.encoder, given.data, given.train)
 
 
-def merged(first: dict[str, Any], *others: dict[str, Any]) -> dict[str, Any]:
+def merged(first: Any, *others: dict[str, Any]) -> dict[str, Any]:
     """Dictionaries in dictionaries, later ones winning; a class other than the earlier one brings its own options."""
     result = copy.deepcopy(first)
     for other in others:
         for key, value in other.items():
             old = result.get(key)
             same = isinstance(old, dict) and isinstance(value, dict)
-            if same and value.get("class_path") not in (None, old.get("class_path")):
+            if same and "class_path" in value and value["class_path"] != (old or {}).get("class_path"):
                 same = False
             result[key] = merged(old, value) if same else copy.deepcopy(value)
     return result

@@ -162,7 +162,12 @@ def refused_cells() -> dict[tuple[str, str], str]:
     from mmssl.objectives.base import Objective
 
     def build(objective: type, modality: str, options: dict[str, Any], causal: bool) -> str:
-        shape = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "causal_attention": causal}
+        shape: dict[str, Any] = {
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "causal_attention": causal,
+        }
         try:
             with torch.device("meta"):  # without memory or arithmetic
                 objective(MMSSLModel(MMSSLConfig(modalities={modality: options}, **shape)))

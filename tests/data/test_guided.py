@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,8 +104,11 @@ def test_batches_of_a_run_have_distinct_clusters(tmp_path: Path) -> None:
 
 def test_a_guided_run_resumes_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guide = str(write(tmp_path / "e.npz"))
-    monkeypatch.setattr("tests.training.tiny.DataArguments", lambda *a, **k: DataArguments(*a, guide=guide, **k))
-    flags = {"checkpointing_steps": 9, "checkpoints_total_limit": None}
+    monkeypatch.setattr(
+        "tests.training.tiny.DataArguments",
+        lambda source, max_samples: DataArguments(source, max_samples=max_samples, guide=guide),
+    )
+    flags: dict[str, Any] = {"checkpointing_steps": 9, "checkpoints_total_limit": None}
     whole = run(tmp_path / "whole", **flags)
     again = run(tmp_path / "whole", resume_from_checkpoint="latest", **flags)
     losses = [[line["loss"] for line in lines] for lines in (whole, again)]

@@ -33,7 +33,7 @@ def of_samples(index: Tensor) -> Iterator[None]:
         turned = (torch.arange(half) + 1) % half
         return torch.cat([turned + start for start in range(0, count, half)])
 
-    integers = torch.randint
+    integers: Callable[..., Tensor] = torch.randint
 
     def randint(*arguments: Any, **options: Any) -> Tensor:
         *bounds, shape = arguments
