@@ -164,4 +164,6 @@ def test_eight_samples_are_over_fitted(modality: str, objective: str, options: d
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert min(losses[-10:]) < 0.5 * losses[0]  # at this learning rate a step may go wrong
+        if all(each < 0.5 * losses[0] for each in losses[-5:]):
+            return
+    pytest.fail(f"the loss did not stay below half of {losses[0]:.3f}: it ended at {losses[-5:]}")
