@@ -47,8 +47,7 @@ def main() -> None:
         about = settings["modalities"][modality]
         baselines = True
         for name in config.objective:
-            cell = merged(settings["common"], about["run"], settings["objectives"][name].get("run", {}))
-            cell = merged(cell, settings["objectives"][name].get("on", {}).get(modality, {}))
+            cell = flags_of(settings, modality, name)
             folder = Path(config.output_dir, modality, name.replace(" ", "_"))
             shutil.rmtree(folder, ignore_errors=True)
             try:
@@ -64,6 +63,13 @@ def main() -> None:
             if not config.explore:
                 append(scores, runs, modality, about["name"], "matrix")
             baselines = False
+
+
+def flags_of(settings: dict[str, Any], modality: str, name: str) -> dict[str, Any]:
+    """The flags of a cell: what is common to all, to its modality, to its objective, and its own."""
+    objective = settings["objectives"][name]
+    own = objective.get("on", {}).get(modality, {})
+    return merged(settings["common"], settings["modalities"][modality]["run"], objective["run"], own)
 
 
 def train(cell: dict[str, Any], folder: Path, seed: int) -> Path:

@@ -47,6 +47,7 @@ class Modality(nn.Module):
     aligned: ClassVar[bool] = True
 
     distance: Literal["l1", "l2"] = "l2"
+    views_compared: bool = False  # whether it is known if this modality's views change anything
 
     @property
     def name(self) -> str:

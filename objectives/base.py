@@ -1,6 +1,7 @@
 """Objective: a self-supervised loss that knows tokens and the encoder, and never asks which modality they came from."""
 
 import copy
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -77,8 +78,17 @@ class Objective(nn.Module):
 
 
 def views_of(modality: Modality, batch: Batch, generator: torch.Generator, count: int = 2) -> list[Tokens]:
-    """Tokens of so many random views of each sample."""
-    return [modality.tokenize(modality.view(batch, generator).batch) for _ in range(count)]
+    """Tokens of so many random views of each sample; warns where the first two are the same for all samples."""
+    views = [modality.tokenize(modality.view(batch, generator).batch) for _ in range(count)]
+    if count > 1 and not modality.views_compared:
+        modality.views_compared = True  # once: it makes the CPU wait for the device
+        if torch.equal(views[0].content.nan_to_num(), views[1].content.nan_to_num()):
+            warnings.warn(
+                f"{modality.name}: found two views of each sample that are equal, so there is nothing to learn from "
+                f"comparing them; set options of its views: `mmssl pretrain --modality.help {type(modality).__name__}`",
+                stacklevel=2,
+            )
+    return views
 
 
 def piece_of(modality: Modality, tokens: Tokens, scale: tuple[float, float], generator: torch.Generator) -> Tokens:

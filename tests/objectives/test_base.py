@@ -1,5 +1,6 @@
 """Tests of what all objectives share: the global mean, refusals, and start values of heads."""
 
+import warnings
 from typing import Any, ClassVar
 
 import pytest
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 
 from mmssl.modalities.base import Modality
 from mmssl.modalities.image import Image
-from mmssl.modeling import MMSSLConfig, MMSSLModel
-from mmssl.objectives.base import Objective, global_mean
+from mmssl.modeling import MMSSLConfig, MMSSLModel, make_modality
+from mmssl.objectives.base import Objective, global_mean, views_of
 
 IMAGE: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 1}
 
@@ -104,3 +105,16 @@ def test_heads_start_like_the_encoder_and_the_model_stays_as_it_is(initializer: 
     for value, start in [(linear.bias, 0), (nested.bias, 0), (norm.weight, 1), (norm.bias, 0)]:
         assert torch.equal(value, torch.full_like(value, start))
     assert 0 < nested.weight.abs().max() < 1
+
+
+@pytest.mark.parametrize(("options", "equal"), [({}, True), ({"horizontal_flip": 0.5}, False)])
+def test_views_that_change_nothing_are_warned_of_once(options: dict[str, Any], equal: bool) -> None:
+    modality = make_modality("image", {**IMAGE, **options})
+    batch = {"pixel_values": torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    for number in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            views_of(modality, batch, torch.Generator().manual_seed(number))
+        found = [str(each.message) for each in caught if "views" in str(each.message)]
+        assert len(found) == int(equal and number == 0)
+        assert not found or ("image: found two views" in found[0] and "--modality.help Image" in found[0])
