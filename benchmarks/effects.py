@@ -98,7 +98,7 @@ def harder_negatives(run: Callable, seeds: Sequence[int]) -> tuple[str, str, lis
             found.append((last["accuracy"], last["loss"], float(uniformity(unit)), score.values[0]))
         table.append([arm, *(spread(values) for values in zip(*found, strict=True))])
     return (
-        "MoCHi: mixed negatives make the task harder",
+        "MoCHi: do mixed negatives make the task harder?",
         "Whether the positive ranks before all negatives of the queue, mixed ones left out. Uniformity (lower is more "
         "uniform) is of centred embeddings.",
         table,
@@ -120,7 +120,7 @@ def places_from_content(run: Callable, seeds: Sequence[int]) -> tuple[str, str, 
     order = [0, 1, *(2 + list(cells).index(key) for key in (("knn", "untrained"), ("knn", "pretrained")))]
     order += [2 + list(cells).index(key) for key in (("linear", "untrained"), ("linear", "pretrained"))]
     table = [table[0], *([row[i] for i in order] for row in table[1:])]
-    return "MP3: places are found from content", "Raw pixels: kNN .986, linear .972. Blank patches look alike.", table
+    return "MP3: are places found from content?", "Raw pixels: kNN .986, linear .972. Blank patches look alike.", table
 
 
 def guided_batches(run: Callable, seeds: Sequence[int]) -> tuple[str, str, list[list[str]]]:
@@ -137,7 +137,7 @@ def guided_batches(run: Callable, seeds: Sequence[int]) -> tuple[str, str, list[
         random.append(same_class(labels[torch.randperm(len(labels), generator=generator)]))
     table = [["batches of 64", "pairs of one class"], ["random", spread(random)], ["guided", spread(guided)]]
     return (
-        "G-SimCLR: fewer pairs of one class in a batch",
+        "G-SimCLR: are there fewer pairs of one class in a batch?",
         "64 clusters of masked reconstruction's embeddings, ten classes.",
         table,
     )
@@ -165,7 +165,7 @@ def blocks_are_harder(run: Callable, seeds: Sequence[int]) -> tuple[str, str, li
         losses = [run(f"mask-{style}", seed, objective, patch=1, max_block=0.5)[1]["loss"] for seed in seeds]
         table.append([f"{style}, 60 %", spread(losses)])
     return (
-        "Blocks are harder to fill in than random patches",
+        "Are blocks harder to fill in than random patches?",
         "64 patches of one pixel; squared error of normalised pixels.",
         table,
     )
