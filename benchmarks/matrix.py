@@ -1,6 +1,6 @@
 """Every objective on a small real data set of each modality, beside raw features and untrained encoders.
 
-    python benchmarks/matrix.py                                            # everything: hours on two cores
+    python benchmarks/matrix.py                                            # everything: hours
     python benchmarks/matrix.py --modality image graph --objective SimCLR  # some of it
     python benchmarks/matrix.py --modality image --explore true            # probed on held-out training samples
 

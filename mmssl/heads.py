@@ -50,3 +50,17 @@ def mlp(widths: Sequence[int], batch_norm: bool = True, activation: type[nn.Modu
         if number < len(widths):
             layers += [BatchNorm(following), activation()] if batch_norm else [activation()]
     return nn.Sequential(*layers)
+
+
+def projector(width: int, projector_layers: int, projector_hidden_size: int, projector_size: int) -> nn.Sequential:
+    """The ``mlp`` that objectives describe by these options.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+    if min(projector_layers, projector_hidden_size, projector_size) < 1:
+        raise ValueError(
+            f"found projector_layers {projector_layers}, projector_hidden_size {projector_hidden_size} and "
+            f"projector_size {projector_size}; expected at least 1 of each"
+        )
+    return mlp([width, *[projector_hidden_size] * (projector_layers - 1), projector_size])

@@ -245,3 +245,14 @@ def kornia_augmentation() -> Any:
     except ImportError as error:
         raise ImportError('views of images and videos need kornia: pip install "mmssl[image]"') from error
     return augmentation
+
+
+def quarter_turns(pixels: Tensor, number: Tensor) -> Tensor:
+    """(B, ..., H, W) with each of B turned to the left by so many right angles, number (B,), without interpolation."""
+    if pixels.shape[-2] != pixels.shape[-1]:
+        raise ValueError(f"found {pixels.shape[-2]}x{pixels.shape[-1]} pixels; turned, only squares keep their shape")
+    turned = pixels
+    for turns in (1, 2, 3):
+        chosen = (number == turns).view(-1, *[1] * (pixels.dim() - 1))
+        turned = torch.where(chosen, pixels.rot90(turns, (-2, -1)), turned)
+    return turned

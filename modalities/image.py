@@ -19,6 +19,7 @@ from mmssl.pixels import (
     kornia_augmentation,
     pair,
     patch_grid,
+    quarter_turns,
     read_image,
     recolor,
     transform,
@@ -267,14 +268,3 @@ class Image(Modality):
         mean, std = self.statistics(pixels)
         pixels, parameters = transform(pixels * std + mean, steps, generator)
         return View({**batch, "pixel_values": (pixels - mean) / std}, parameters)
-
-
-def quarter_turns(pixels: Tensor, number: Tensor) -> Tensor:
-    """(B, ..., H, W) with each of B turned to the left by so many right angles, number (B,), without interpolation."""
-    if pixels.shape[-2] != pixels.shape[-1]:
-        raise ValueError(f"found {pixels.shape[-2]}x{pixels.shape[-1]} pixels; turned, only squares keep their shape")
-    turned = pixels
-    for turns in (1, 2, 3):
-        chosen = (number == turns).view(-1, *[1] * (pixels.dim() - 1))
-        turned = torch.where(chosen, pixels.rot90(turns, (-2, -1)), turned)
-    return turned

@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mmssl.modalities.base import ORDERS, Batch, Modality, View, bin_of, block_order, rectangle, segment_orders
-from mmssl.modalities.image import quarter_turns
 from mmssl.pixels import (
     beside,
     channel_statistics,
@@ -22,6 +21,7 @@ from mmssl.pixels import (
     crop_and_flip,
     pair,
     patch_grid,
+    quarter_turns,
     read_image,
     recolor,
     resize_and_crop,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmssl.collectives import from_first_process, sum_over_processes, world_size
-from mmssl.heads import BatchNorm, mlp
+from mmssl.heads import BatchNorm, projector
 from mmssl.modeling import MMSSLModel
 from mmssl.monitors import effective_rank
 from mmssl.objectives.base import Batch, Objective, ObjectiveOutput, mix, represent, views_of
@@ -47,11 +47,6 @@ class BarlowTwins(Objective):
         mix_weight: float = 0.0,
     ):
         super().__init__(model)
-        if min(projector_layers, projector_hidden_size, projector_size) < 1:
-            raise ValueError(
-                f"found projector_layers {projector_layers}, projector_hidden_size {projector_hidden_size} and "
-                f"projector_size {projector_size}; expected at least 1 of each"
-            )
         for name, weight in (("redundancy_weight", redundancy_weight), ("mix_weight", mix_weight)):
             if weight < 0:
                 raise ValueError(f"{name}: found {weight}; expected 0 or more")
@@ -63,8 +58,8 @@ class BarlowTwins(Objective):
         self.projector_layers, self.projector_hidden_size = projector_layers, projector_hidden_size
         self.projector_size, self.redundancy_weight, self.mix_weight = projector_size, redundancy_weight, mix_weight
 
-        hidden = [projector_hidden_size] * (projector_layers - 1)
-        self.projector = mlp([model.config.hidden_size, *hidden, projector_size])
+        width = model.config.hidden_size
+        self.projector = projector(width, projector_layers, projector_hidden_size, projector_size)
         self.standardize = BatchNorm(projector_size, affine=False)
         self.init_heads(model.config)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmssl.collectives import sum_over_processes, world_size
-from mmssl.heads import mlp
+from mmssl.heads import projector
 from mmssl.modeling import MMSSLModel
 from mmssl.monitors import effective_rank
 from mmssl.objectives.base import Batch, Objective, ObjectiveOutput, represent, views_of
@@ -48,11 +48,6 @@ class VICReg(Objective):
         covariance_weight: float = 1.0,
     ):
         super().__init__(model)
-        if min(projector_layers, projector_hidden_size, projector_size) < 1:
-            raise ValueError(
-                f"found projector_layers {projector_layers}, projector_hidden_size {projector_hidden_size} and "
-                f"projector_size {projector_size}; expected at least 1 of each"
-            )
         weights = {"invariance": invariance_weight, "variance": variance_weight, "covariance": covariance_weight}
         for name, weight in weights.items():
             if weight < 0:
@@ -65,8 +60,8 @@ class VICReg(Objective):
         self.invariance_weight, self.variance_weight = invariance_weight, variance_weight
         self.covariance_weight = covariance_weight
 
-        hidden = [projector_hidden_size] * (projector_layers - 1)
-        self.projector = mlp([model.config.hidden_size, *hidden, projector_size])
+        width = model.config.hidden_size
+        self.projector = projector(width, projector_layers, projector_hidden_size, projector_size)
         self.init_heads(model.config)
 
     def forward(self, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
