@@ -25,7 +25,7 @@ lines that differ only in when they were measured, the last one counts.
 """
 MATRIX = """## Every objective on every modality
 
-`python benchmarks/matrix.py`: the same small encoder and 500 steps for each cell, with
+`python benchmarks/matrix.py`: the same small encoder and 300 steps for each cell, with
 the settings of `benchmarks/matrix.yaml`; the best of a column in bold. Empty or not there: refused, as `mmssl list`
 says, or not measured yet.
 """
