@@ -22,10 +22,12 @@ from mmssl.data.guided import clusters_of, guided_order
 from mmssl.encoder import EncoderConfig
 from mmssl.evaluation import embed, evaluate
 from mmssl.modalities.image import Image
+from mmssl.modeling import MMSSLModel
 from mmssl.objectives.base import Objective
 from mmssl.objectives.contrastive import Contrastive, uniformity
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 from mmssl.objectives.position_prediction import PositionPrediction
+from mmssl.objectives.weighted_sum import Sum
 from mmssl.training import TrainArguments, pretrain
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -47,7 +49,13 @@ def main(seeds: Sequence[int] = (0, 1, 2), steps: int = 500) -> None:
     """
     parts = [HEADER.format(steps=steps, seeds=len(seeds))]
     with tempfile.TemporaryDirectory() as folder:
-        for effect in (harder_negatives, places_from_content, guided_batches, blocks_are_harder):
+        for effect in (
+            harder_negatives,
+            places_from_content,
+            guided_batches,
+            blocks_are_harder,
+            scattering_for_few_samples,
+        ):
             title, text, table = effect(partial(run, Path(folder), steps), seeds)
             rows = ["| " + " | ".join(row) + " |" for row in table]
             parts.append(
@@ -57,16 +65,35 @@ def main(seeds: Sequence[int] = (0, 1, 2), steps: int = 500) -> None:
 
 
 def run(
-    folder: Path, steps: int, name: str, seed: int, objective: Callable[..., Objective], patch: int = 2, **views: Any
+    folder: Path,
+    steps: int,
+    name: str,
+    seed: int,
+    objective: Callable[..., Objective],
+    patch: int = 2,
+    samples: int | None = None,
+    short: bool = False,
+    feed_forward: int | None = None,
+    **options: Any,
 ) -> tuple[Path, dict[str, float]]:
-    """Pretrain; returns the run, and its metrics as a mean over the last fifth of the steps."""
+    """Pretrain; returns the run, and its metrics as a mean over the last fifth of the steps.
+
+    ``samples``: of the first so many. ``short``: half the steps of half the batch. ``options`` are the modality's.
+    """
     output = folder / f"{name}-{seed}"
     pretrain(
-        Image(patch_size=patch, **DIGITS, **views),
+        Image(patch_size=patch, **DIGITS | options),
         objective,
-        EncoderConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4),
-        DataArguments("digits"),
-        TrainArguments(str(output), max_train_steps=steps, learning_rate=2e-3, logging_steps=10, seed=seed),
+        EncoderConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=feed_forward),
+        DataArguments("digits", max_samples=samples),
+        TrainArguments(
+            str(output),
+            per_device_train_batch_size=64 if short else 128,
+            max_train_steps=steps // 2 if short else steps,
+            learning_rate=2e-3,
+            logging_steps=10,
+            seed=seed,
+        ),
     )
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     last = lines[-len(lines) // 5 :]
@@ -167,6 +194,53 @@ def blocks_are_harder(run: Callable, seeds: Sequence[int]) -> tuple[str, str, li
     return (
         "Are blocks harder to fill in than random patches?",
         "64 patches of one pixel; squared error of normalised pixels.",
+        table,
+    )
+
+
+def scattering_for_few_samples(run: Callable, seeds: Sequence[int]) -> tuple[str, str, list[list[str]]]:
+    """ScatSimCLR (Kinakh et al., 2021)."""
+    wavelets: dict[str, Any] = {"scattering_scales": 2, "scattering_directions": 4}
+    contrast: dict[str, Any] = {"temperature": 0.2, "projector_hidden_size": 128, "projector_size": 64}
+    terms = {
+        "contrast": {"class_path": "Contrastive", "init_args": contrast},
+        "turns": {"class_path": "TransformPrediction", "init_args": {"pretext": "rotation", "head_widths": [128]}},
+    }
+    simclr, both = partial(Contrastive, **contrast), partial(Sum, terms=terms, weights={"turns": 0.3})
+    arms: list[tuple[str, Callable[..., Objective], dict[str, Any]]] = [
+        # One more unit in each feed-forward layer: about as many weights as the wider embedding of scattering has.
+        ("SimCLR, pixels", simclr, {"feed_forward": 257}),
+        ("SimCLR, scattering", simclr, wavelets),
+        ("SimCLR and rotation, scattering", both, wavelets),
+    ]
+    options = {"image_size": 16, "crop_scale": (0.5, 1.0), "rotation": 10.0, "short": True}
+    table = [["tokens", "trained on", "weights", "kNN", "linear"]]
+    for count in (200, 1000):
+        for number, (arm, objective, own) in enumerate(arms):
+            paths = [
+                run(f"scattering{count}-{number}", seed, objective, patch=4, samples=count, **options, **own)[0]
+                for seed in seeds
+            ]
+            baselines = count == 200 and number < 2
+            scores = evaluate(paths, DataArguments("digits"), protocols=["knn", "linear"], baselines=baselines)
+            weights = f"{MMSSLModel.from_pretrained(paths[0]).num_parameters():,}"
+            of = {
+                row: [
+                    spread(score.values) if len(score.values) > 1 else f"{score.values[0]:.3f}"
+                    for score in scores
+                    if score.row == row
+                ]
+                for row in ("raw", "untrained", "pretrained")
+            }
+            if baselines:
+                what = arm.split(", ")[1]
+                table.append([f"{what}, raw", "", "0", *of["raw"]])
+                table.append([f"{what}, untrained encoder", "", weights, *of["untrained"]])
+            table.append([arm, str(count), weights, *of["pretrained"]])
+    return (
+        "ScatSimCLR: do fixed wavelets help where there are few samples?",
+        "Digits resized to 16x16, patches of 4x4, two scales and four directions; half the steps of batches of 64. "
+        "Probes are fitted on all labelled training digits.",
         table,
     )
 

@@ -25,6 +25,7 @@ from mmssl.pixels import (
     transform,
 )
 from mmssl.positions import SinCosPositions
+from mmssl.scattering import check_scattering, number_of_coefficients, scatter, scattering_2d
 from mmssl.tokens import Tokens, gather
 
 PUZZLES = tuple(itertools.permutations(range(4)))  # of four pieces; number 0 leaves them as they are
@@ -42,8 +43,11 @@ class Image(Modality):
         image_mean: mean of each channel, subtracted; pixels lie between 0 and 1. One number is used for all channels.
             None: that of ImageNet for 3 channels, else 0.5.
         image_std: standard deviation of each channel, divided by. As image_mean.
+        scattering_scales: J, of wavelets whose scattering coefficients tokens contain in place of pixels, one set for
+            each 2**J x 2**J of them (Kinakh et al., ScatSimCLR, 2021: 2). 0: pixels.
+        scattering_directions: L, of these wavelets (ScatSimCLR: 16).
         normalize_target: reconstruct patches normalised by their own mean and variance (He et al., MAE, 2022).
-        distance: "l2", the squared error (MAE), or "l1", the absolute one (SimMIM, GMML), of a pixel.
+        distance: "l2", the squared error (MAE), or "l1", the absolute one (SimMIM, GMML), of a pixel or coefficient.
         alteration: what altered patches are filled with: standard normal "noise", "zeros", or the "patches" of another
             image of the batch at the same place.
         alteration_ratio: least and greatest share of altered patches; drawn for each image.
@@ -71,6 +75,8 @@ class Image(Modality):
         num_channels: int = 3,
         image_mean: float | tuple[float, ...] | None = None,
         image_std: float | tuple[float, ...] | None = None,
+        scattering_scales: int = 0,
+        scattering_directions: int = 8,
         normalize_target: bool = True,
         distance: Literal["l1", "l2"] = "l2",
         alteration: Literal["noise", "zeros", "patches"] = "noise",
@@ -90,6 +96,7 @@ class Image(Modality):
         self.image_size, self.patch_size = pair(image_size), pair(patch_size)
         self.num_channels = num_channels
         self.image_mean, self.image_std = channel_statistics(image_mean, image_std, num_channels)
+        self.scattering_scales, self.scattering_directions = scattering_scales, scattering_directions
         self.normalize_target, self.distance = normalize_target, distance
         self.alteration, self.alteration_ratio = alteration, pair(alteration_ratio)
         self.swap_probability, self.swap_ratio, self.max_block = swap_probability, swap_ratio, max_block
@@ -98,14 +105,27 @@ class Image(Modality):
         self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
         self.gaussian_blur, self.rotation = gaussian_blur, rotation
         patch_grid(*self.image_size, self.patch_size)
+        check_scattering(scattering_scales, scattering_directions, self.patch_size)
         if color_jitter and num_channels != 3:
             raise ValueError(f"color_jitter needs 3 channels; found num_channels={num_channels}: set color_jitter to 0")
 
     @property
     def content_shape(self) -> tuple[int, ...]:
-        return (self.patch_size[0] * self.patch_size[1] * self.num_channels,)
+        return (math.prod(self.cells) * self.num_channels * self.num_coefficients,)
+
+    @property
+    def cells(self) -> tuple[int, int]:
+        """Rows and columns, inside a patch, of places with coefficients; without scattering, of pixels."""
+        return self.patch_size[0] >> self.scattering_scales, self.patch_size[1] >> self.scattering_scales
+
+    @property
+    def num_coefficients(self) -> int:
+        """Of one channel at one place; without scattering, the pixel alone."""
+        return number_of_coefficients(self.scattering_scales, self.scattering_directions)
 
     def build(self, width: int) -> Self:
+        if self.scattering_scales:
+            scattering_2d()  # if it is missing, say so before the first batch
         self.projection = nn.Linear(math.prod(self.content_shape), width)
         return super().build(width)
 
@@ -125,13 +145,18 @@ class Image(Modality):
         return {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
 
     def tokenize(self, batch: Batch) -> Tokens:
-        """(B, C, H, W) to contents (B, N, patch height * patch width * C), rows first, channels last inside a patch."""
+        """(B, C, H, W) to contents (B, N, patch height * patch width * C), rows first, channels last inside a patch.
+
+        With scattering (B, N, rows * columns * K * C) of the places in a patch, and coefficients before channels.
+        """
         pixels = batch["pixel_values"]
         if pixels.dim() != 4 or pixels.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values: found shape {tuple(pixels.shape)}; expected (batch, {self.num_channels}, height, width)"
             )
         rows, columns = patch_grid(pixels.shape[2], pixels.shape[3], self.patch_size)
+        if self.scattering_scales:
+            pixels = scatter(pixels, self.scattering_scales, self.scattering_directions)
         content = rearrange(pixels, "b c (h p) (w q) -> b (h w) (p q c)", h=rows, w=columns)
         # Places are those of the grid of image_size; a finer or coarser grid is stretched over it.
         own_rows, own_columns = patch_grid(*self.image_size, self.patch_size)
@@ -148,8 +173,10 @@ class Image(Modality):
         return SinCosPositions(width, axes=2, order=(1, 0))
 
     def raw_features(self, batch: Batch) -> Tensor:
-        """The pixels."""
-        return batch["pixel_values"].flatten(1)
+        """The pixels; or the scattering coefficients, as means over the places of a patch."""
+        if not self.scattering_scales:
+            return batch["pixel_values"].flatten(1)
+        return self.tokenize(batch).content.unflatten(-1, (math.prod(self.cells), -1)).mean(dim=2).flatten(1)
 
     def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
         if style == "random":
@@ -228,7 +255,7 @@ class Image(Modality):
         return super().transform(batch, pretext, number)
 
     def target(self, tokens: Tokens) -> Tensor:
-        """Pixels of a patch, as they are or normalised by the patch's mean and unbiased variance."""
+        """The content of a patch, as it is or normalised by the patch's mean and unbiased variance."""
         content = tokens.content.detach().float()
         if not self.normalize_target:
             return content
@@ -242,12 +269,12 @@ class Image(Modality):
         return prediction * (variance + 1e-6).sqrt() + mean
 
     def picture(self, tokens: Tokens) -> Tensor:
-        """The first three channels, or the first one as grey."""
+        """The first three channels, or the first one as grey; with scattering the blurred picture, its order 0."""
         rows, columns = (len(tokens.coords[0, :, axis].unique()) for axis in range(2))
-        height, width = self.patch_size
+        height, width = self.cells
         pixels = rearrange(
             tokens.content.float(), "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=height, q=width
-        )
+        )[:, : self.num_channels]
         mean, std = self.statistics(pixels)
         pixels = (pixels * std + mean).clamp(0, 1)[:, : 3 if self.num_channels >= 3 else 1]
         return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
