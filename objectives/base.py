@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +21,8 @@ class ObjectiveOutput:
 
     Attributes:
         loss: scalar; the mean over ranks is the loss of the global batch.
-        metrics: further scalars to log, detached.
+        metrics: further scalars to log, detached. One named "trivial" is what this loss would be if the same were
+            predicted whatever is read, the mean of what is to be predicted: the loss is logged as a share of it too.
         embedding: (samples, D) pooled output of the encoder, detached, for the monitors.
     """
 
@@ -33,7 +35,13 @@ class Objective(nn.Module):
     """One module that owns the model, its own heads and, if it needs one, the teacher; its forward is the loss.
 
     The arguments of ``__init__`` after ``model`` are its configuration: typed, documented, and turned into flags.
+
+    Attributes:
+        needs_labels: whether batches hold, beside what the modality makes of the samples, their ``labels``: (B,) float.
+            Only a supervised objective reads them; ``split_labels`` takes them off before a modality sees the batch.
     """
+
+    needs_labels: bool = False
 
     def __init__(self, model: MMSSLModel):
         super().__init__()
@@ -77,9 +85,47 @@ class Objective(nn.Module):
                     child.apply(lambda module: init_weights(module, config))
 
 
+def split_labels(batch: Batch) -> tuple[Batch, Tensor | None]:
+    """What the modality made of the samples, which is all that it and the model know; and their labels (B,), if any."""
+    return {name: value for name, value in batch.items() if name != "labels"}, batch.get("labels")
+
+
+class Shared:
+    """What objectives that read one batch in turn make once: random views, and what the model makes of them.
+
+    While it is entered, ``views_of`` gives each objective the same views in the same order, and ``represent`` remembers
+    what it has returned for them. Each calls ``begin`` before it reads.
+    """
+
+    current: "Shared | None" = None
+
+    def __enter__(self) -> "Shared":
+        self.views: list[Tokens] = []
+        self.outputs: dict[tuple[int, int, bool], Tensor] = {}
+        Shared.current = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        Shared.current = None
+
+    def begin(self) -> None:
+        self.taken = 0
+
+    def take(self, count: int, make: Callable[[], Tokens]) -> list[Tokens]:
+        """The next views of the objective at hand; those that none before it has asked for are made."""
+        end = self.taken + count
+        self.views += [make() for _ in range(end - len(self.views))]
+        views, self.taken = self.views[self.taken : end], end
+        return views
+
+
 def views_of(modality: Modality, batch: Batch, generator: torch.Generator, count: int = 2) -> list[Tokens]:
     """Tokens of so many random views of each sample; warns where the first two are the same for all samples."""
-    views = [modality.tokenize(modality.view(batch, generator).batch) for _ in range(count)]
+
+    def make() -> Tokens:
+        return modality.tokenize(modality.view(batch, generator).batch)
+
+    views = Shared.current.take(count, make) if Shared.current else [make() for _ in range(count)]
     if count > 1 and not modality.views_compared:
         modality.views_compared = True  # once: it makes the CPU wait for the device
         if torch.equal(views[0].content.nan_to_num(), views[1].content.nan_to_num()):
@@ -103,7 +149,13 @@ def represent(model: MMSSLModel, modality: Modality, tokens: Tokens, content: Te
 
     ``modality`` may be that of another model, the student's when a teacher reads; ``content`` as in ``encode``.
     """
-    return tokens.pool(model.encode(model.adapters[modality.name], tokens, content).tokens)
+    shared, key = Shared.current, (id(model), id(tokens), torch.is_grad_enabled())
+    if shared and key in shared.outputs and content is None:
+        return shared.outputs[key]
+    pooled = tokens.pool(model.encode(model.adapters[modality.name], tokens, content).tokens)
+    if shared and content is None and any(tokens is view for view in shared.views):
+        shared.outputs[key] = pooled
+    return pooled
 
 
 def mix(model: MMSSLModel, modality: Modality, tokens: Tokens, other: Tokens, partner: Tensor, share: Tensor) -> Tensor:
@@ -161,10 +213,12 @@ __all__ = [
     "Modality",
     "Objective",
     "ObjectiveOutput",
+    "Shared",
     "global_mean",
     "mix",
     "piece_of",
     "represent",
     "smaller_config",
+    "split_labels",
     "views_of",
 ]

@@ -152,7 +152,10 @@ class LatentPrediction(Objective):
         loss, weight = (each.unflatten(0, (-1, count)) for each in (loss, target_valid.float()))
         losses = [global_mean(loss[:, number], weight[:, number]) for number in range(count)]
         outputs = wanted[tokens.valid]
+        of_mean = outputs.mean(dim=0).expand_as(target)
+        trivial = DISTANCES[self.distance](of_mean, target, reduction="none").mean(dim=-1)
         metrics = {
+            "trivial": (trivial * target_valid).sum() / target_valid.sum().clamp(min=1),
             "target_std": spread(outputs),
             "target_rank": effective_rank(outputs),
             "prediction_std": spread(prediction.detach()[target_valid]),

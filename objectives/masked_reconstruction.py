@@ -190,7 +190,10 @@ class MaskedReconstruction(Objective):
         if out.index is not None:
             target = gather(target, out.index)
         loss, weight = modality.reconstruction_loss(out.prediction, target, out.where)
-        return ObjectiveOutput(loss=global_mean(loss, weight), embedding=out.seen.pool(out.encoded.detach()))
+        metrics = {}
+        if out.prediction.shape == target.shape:  # else they are of different kinds, and a mean says nothing
+            metrics["trivial"] = loss_of_mean(modality, target, out.where)
+        return ObjectiveOutput(global_mean(loss, weight), metrics, out.seen.pool(out.encoded.detach()))
 
     def reconstruct(self, modality: Modality, clean: Tokens, generator: torch.Generator) -> "Reconstruction":
         """Corrupt, encode, decode and predict."""
@@ -268,3 +271,12 @@ class MaskedReconstruction(Objective):
         position = self.decoder_positions[modality.name](clean.coords)
         prefix = self.decoder_input(class_token)
         return self.decoder(content, position, clean.valid, clean.edges, prefix=prefix).tokens
+
+
+@torch.no_grad()
+def loss_of_mean(modality: Modality, target: Tensor, where: Tensor) -> Tensor:
+    """What the mean of the targets (B, M, *V) that count, predicted for each, would score; ``where`` as in the loss."""
+    counts = where.view(*where.shape, *[1] * (target.dim() - where.dim())).expand_as(target).float()
+    mean = (target.float() * counts).sum(dim=(0, 1)) / counts.sum(dim=(0, 1)).clamp(min=1)
+    loss, weight = modality.reconstruction_loss(mean.expand_as(target), target, where)
+    return (loss * weight).sum() / weight.sum().clamp(min=1e-12)

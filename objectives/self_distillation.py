@@ -166,18 +166,18 @@ class SelfDistillation(Objective):
         for view in views:
             known = self.teacher_reads(modality, view)
             targets.append(self.teacher_says(view.pool(known)))
-            content = None
-            if self.token_weight:
+            if not self.token_weight:
+                embeddings.append(represent(self.model, modality, view))
+            else:
                 mask = modality.mask(view, self.mask_ratio, generator, self.mask_style)
                 content = modality.embed(view)
                 content = torch.where(mask.hidden[..., None], self.mask_token.to(content.dtype), content)
-            read = self.model.encode(modality, view, content).tokens
-            embeddings.append(view.pool(read))
-            predictions.append(self.student_says(embeddings[-1]))
-            if self.token_weight:
+                read = self.model.encode(modality, view, content).tokens
+                embeddings.append(view.pool(read))
                 target = self.teacher_says(gather(known, mask.hidden_index), mask.hidden_valid)
                 prediction = self.student_says(gather(read, mask.hidden_index))
                 of_tokens.append(global_mean(self.distance(target, prediction), mask.hidden_valid.float()))
+            predictions.append(self.student_says(embeddings[-1]))
         for view in views_of(modality, batch, generator, self.local_views):
             piece = piece_of(modality, view, self.local_scale, generator)
             predictions.append(self.student_says(represent(self.model, modality, piece)))

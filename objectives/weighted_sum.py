@@ -14,12 +14,13 @@ from torch import nn
 
 from mmssl.discovery import find_all, option_names
 from mmssl.modeling import MMSSLModel
-from mmssl.objectives.base import Batch, Objective, ObjectiveOutput
+from mmssl.objectives.base import Batch, Objective, ObjectiveOutput, Shared, split_labels
 
 
 class Sum(Objective):
     """Several objectives on one model, each with a weight and heads of its own; every step is of all of them.
 
+    Terms that compare random views get the same ones, and what the model makes of a view is computed once.
     A run saves the model, or if a term saves its teacher, the teacher of the first one that does.
 
     Args:
@@ -40,6 +41,7 @@ class Sum(Objective):
         self.objectives = nn.ModuleDict()
         for name, term in terms.items():
             self.objectives[name] = build(name, term, model)
+        self.needs_labels = any(term.needs_labels for term in self.members())
 
     @property
     def trained(self) -> MMSSLModel:
@@ -50,7 +52,12 @@ class Sum(Objective):
         return [term for term in self.objectives.values() if isinstance(term, Objective)]
 
     def forward(self, batch: Batch, generator: torch.Generator) -> ObjectiveOutput:
-        outputs = {name: term(batch, generator) for name, term in self.objectives.items()}
+        plain, _ = split_labels(batch)
+        outputs: dict[str, ObjectiveOutput] = {}
+        with Shared() as shared:
+            for name, term in zip(self.objectives, self.members(), strict=True):
+                shared.begin()
+                outputs[name] = term(batch if term.needs_labels else plain, generator)
         loss = torch.stack([self.weights[name] * out.loss for name, out in outputs.items()]).sum()
         metrics = {f"{name}/loss": out.loss.detach() for name, out in outputs.items()}
         for name, out in outputs.items():

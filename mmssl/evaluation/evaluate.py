@@ -1,6 +1,7 @@
 """Score checkpoints beside raw features and untrained encoders, on the same probe."""
 
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,8 @@ def evaluate(
         baselines: the rows of raw features and of untrained encoders too. Without only where others stand beside.
 
     Raises:
-        ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, or a pooling
-            for labels of tokens.
+        ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, a pooling
+            for labels of tokens, or no test data for a model that was pretrained on labels.
     """
     if unknown := set(protocols) - set(PROTOCOLS):
         raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {', '.join(PROTOCOLS)}")
@@ -80,7 +81,8 @@ def evaluate(
     for model in (*models, *untrained):
         torch.nn.Module.to(model, device)
     adapter = models[0].adapters[pick_modality(models[0], modality)]
-    train_samples, test_samples = labelled_pair(data, test, adapter)
+    may_hold_out = not any(learned_labels(checkpoint) for checkpoint in checkpoints)
+    train_samples, test_samples = labelled_pair(data, test, adapter, may_hold_out)
     if train_samples.token_labels is not None and pooling != "mean":
         raise ValueError(f"pooling: found {pooling}, but the labels are of tokens, which are not pooled; leave it out")
     labels, test_labels = check_labels(train_samples, "data"), check_labels(test_samples, "test")
@@ -135,6 +137,12 @@ def load_model(checkpoint: str | Path) -> MMSSLModel:
     if not isinstance(model, MMSSLModel):
         raise ValueError(f"{checkpoint} is a {type(model).__name__}; expected a model that mmssl has pretrained")
     return model
+
+
+def learned_labels(checkpoint: str | Path) -> bool:
+    """Whether this is the folder of a run whose objective reads labels."""
+    path = Path(checkpoint) / "run.json"
+    return path.is_file() and json.loads(path.read_text()).get("reads_labels", False)
 
 
 def pick_modality(model: MMSSLModel, modality: str | None) -> str:

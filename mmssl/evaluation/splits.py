@@ -13,14 +13,17 @@ from mmssl.modalities.base import Modality
 SPLITS = ("train", "validation", "test")
 
 
-def labelled_pair(data: DataArguments, test: DataArguments | None, modality: Modality) -> tuple[Samples, Samples]:
+def labelled_pair(
+    data: DataArguments, test: DataArguments | None, modality: Modality, may_hold_out: bool = True
+) -> tuple[Samples, Samples]:
     """Training and test samples, labels of both numbered alike.
 
     Where tokens have labels and there are no other samples to test on, both are the same samples, and their
     ``token_splits`` say which token is for what: the published split, or a stratified fifth held out for the test.
 
     Raises:
-        ValueError: no labels, all the same, or classes in the test data that the training data lack.
+        ValueError: no labels, all the same, classes in the test data that the training data lack, or no test data where
+            none may be held out, as the model may have learned these labels.
     """
     train_samples = readable(load_samples(data, modality), data, modality)
     labels = check_labels(train_samples, "data")
@@ -30,6 +33,11 @@ def labelled_pair(data: DataArguments, test: DataArguments | None, modality: Mod
         test_samples = train_samples
     elif data.source in BUILTIN and data.split == "train":
         test_samples = load_samples(replace(data, split="test"), modality)
+    elif not may_hold_out:
+        raise ValueError(
+            "test: found none, and a model that learned from labels, perhaps from those that would be held out; give "
+            "labelled samples that it has not read"
+        )
     else:
         known = np.arange(len(labels)) if quantities(labels) else np.flatnonzero(labels >= 0)
         classes = None if quantities(labels) else labels[known]

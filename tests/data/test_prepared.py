@@ -41,7 +41,7 @@ def read(
     loader = DataLoader(data, batch_size, num_workers=workers, collate_fn=data.collate, **options)
     greys, failed = [], []
     for batch in loader:
-        assert set(batch) == {"inputs", "failed"} and set(batch["inputs"]) == {"pixel_values"}
+        assert set(batch) == {"inputs", "failed", "reasons", "indices"} and set(batch["inputs"]) == {"pixel_values"}
         assert isinstance(batch["failed"], list)
         greys.append((255 * batch["inputs"]["pixel_values"].mean(dim=(1, 2, 3))).round().int().tolist())
         failed.append(batch["failed"])
@@ -110,7 +110,7 @@ def test_errors_of_the_file_system_are_skipped_too(tmp_path: Path) -> None:
     samples = Samples(values, lambda i: str(values[i]))
     with pytest.raises(ValueError, match=r"gone\.wav: .*No such file"):
         PreparedSamples(samples, Speech())[0]
-    sample, failed = PreparedSamples(samples, Speech(), "skip")[0]
+    sample, failed, _ = PreparedSamples(samples, Speech(), "skip")[0]
     assert failed == [0] and len(sample["input_values"]) == 400
 
 
@@ -209,7 +209,7 @@ def test_one_large_sample_is_prepared_once() -> None:
 def test_an_error_of_an_excerpt_names_the_sample_or_skips_it() -> None:
     with pytest.raises(ValueError, match=r"number 3: found 13; expected a lucky number"):
         lottery()[3]
-    sample, failed = lottery(on_error="skip")[3]
+    sample, failed, _ = lottery(on_error="skip")[3]
     assert int(sample["number"]) == 14 and failed == [3]
 
 

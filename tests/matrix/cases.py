@@ -1,9 +1,14 @@
 """What the matrix needs to know of each modality and each objective: a tiny one, and a few samples of it."""
 
+import atexit
+import functools
+import shutil
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmssl.discovery import find_all, names
 from mmssl.modalities.base import Modality
@@ -237,7 +242,20 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
         {"words": 6, "layers": [1, 2], "crops": 1, "crop_scale": [0.5, 0.5], "momentum": [0.9, 1.0]},
     ],
     "EmbeddingMixup": [{"alpha": 0.3, "projector_size": 16}],
+    "FeatureMatching": [{"teacher": ""}],  # `build` puts in an untrained one
     "ShuffledEmbeddingDetection": [{"shuffle_ratio": 0.2}],
+    "SupReMix": [  # its loss has a least value, the higher the further apart samples are that are mixed
+        {"temperature": 0.3, "mixed_positives": 2, "mixed_negatives": 2, "window": 1.0, **SMALL_PROJECTOR},
+        {
+            "temperature": 0.5,
+            "mixed_positives": 2,
+            "mixed_negatives": 1,
+            "window": 1.0,
+            "tolerance": 0.2,
+            "magnify": 0.0,
+            **SMALL_PROJECTOR,
+        },
+    ],
     "Sum": [
         {
             "terms": {
@@ -291,8 +309,31 @@ def build(modality: str, objective: str, options: dict[str, Any], **config: Any)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "class_token": True, **config}
     sizes["causal_attention"] = objective == "Autoregressive"
     model = MMSSLModel(MMSSLConfig(modalities={modality: MODALITIES[modality][0]}, **sizes))
+    if options.get("teacher") == "":
+        options = options | {"teacher": untrained(modality, sizes["hidden_size"])}
     adapter = make_modality(modality, MODALITIES[modality][0])
-    return find_all("objectives", Objective)[objective](model, **options).train(), adapter
+    module = find_all("objectives", Objective)[objective](model, **options).train()
+    if module.needs_labels:
+        collate = adapter.collate
+        adapter.collate = lambda samples: collate(samples) | {"labels": labels(len(samples))}  # type: ignore
+    return module, adapter
+
+
+@functools.cache
+def untrained(modality: str, width: int) -> str:
+    """Folder of a saved model of this width, the same in each process."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        MMSSLModel(MMSSLConfig(modalities={modality: MODALITIES[modality][0]}, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def labels(count: int) -> torch.Tensor:
+    """Quantities that are all different."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(0))
 
 
 def make_batch(adapter: Modality, count: int) -> dict[str, Any]:

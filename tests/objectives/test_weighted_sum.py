@@ -53,6 +53,36 @@ def test_loss_and_gradients_are_the_weighted_sum_of_those_of_the_terms() -> None
         torch.testing.assert_close(value.grad, sum(part for part in parts if part is not None))
 
 
+def test_terms_that_compare_views_share_them_and_their_forwards() -> None:
+    """Each term alone, from the same random numbers: the same loss and gradients, for half of the work."""
+    projector = {"projector_hidden_size": 8, "projector_size": 8}
+    terms = {
+        "vicreg": {"class_path": "VICReg", "init_args": projector},
+        "distilled": {"class_path": "SelfDistillation", "init_args": projector | {"prototypes": 8, "local_views": 2}},
+        "barlow": {"class_path": "BarlowTwins", "init_args": projector},
+    }
+    views = {"crop_scale": (0.3, 1.0)}
+    with_views = {"modalities": {"image": IMAGE | views}, "hidden_size": 16, "num_attention_heads": 2}
+    model = MMSSLModel(MMSSLConfig(num_hidden_layers=1, **with_views))
+    together = Sum(model, terms)
+    calls = []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    found = together(images(), torch.Generator().manual_seed(3))
+    assert len(calls) == 2 + 2  # two views for all three terms, and the local ones of one
+    found.loss.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    losses = []
+    for term in together.members():  # in an order in which each begins with the same two views
+        out = term(images(), torch.Generator().manual_seed(3))
+        out.loss.backward()
+        losses.append(out.loss)
+    torch.testing.assert_close(found.loss, sum(losses))
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_each_weight_is_there_once() -> None:
     both = Sum(make_model(), TERMS)
     assert not [name for name in both.state_dict() if name.startswith("objectives") and ".model." in name]
