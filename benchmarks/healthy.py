@@ -12,7 +12,10 @@ from jsonargparse import CLI
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-OF_ANY_RUN = {"step", "epoch", "learning_rate", "grad_norm", "samples_per_second", "data_wait"}
+OF_ANY_RUN = {
+    *("step", "epoch", "learning_rate", "grad_norm"),
+    *("samples_per_second", "tokens_per_second", "data_wait", "mfu", "memory_gib"),
+}
 
 
 def main(runs: Path, output: Path) -> None:
@@ -27,7 +30,7 @@ def main(runs: Path, output: Path) -> None:
             [json.loads(line) for line in path.read_text().splitlines()]
             for path in sorted(folder.glob("seed*/metrics.jsonl"))
         ]
-        names = [name for name in seeds[0][0] if name not in OF_ANY_RUN]
+        names = [name for name in seeds[0][0] if name not in OF_ANY_RUN and not name.startswith("health/")]
         figure = Figure(figsize=(2.6 * len(names), 2.2), layout="constrained")
         FigureCanvasAgg(figure)
         for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):

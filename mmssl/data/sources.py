@@ -26,16 +26,22 @@ class DataArguments:
         config_name: configuration of a data set on the Hub.
         split: split of a data set on the Hub or of one that the packages bring.
         column: column of a table that holds the samples. None: the first of the modality's usual names.
-        label_column: column of a table that holds the labels, for probes only; no label is ever part of a sample. Text
-            and integers are classes, floats are quantities to be regressed. None: "label" or "labels", if any. Of a
-            .npz file, rows with a negative label are left out if the column is named here: they are in no class.
+        label_column: column of a table that holds the labels, for probes and for objectives that need labels; no label
+            is ever part of what the encoder reads. Text and integers are classes, floats are quantities to be
+            regressed. None: "label" or "labels", if any. Of a .npz file, rows with a negative label are left out if the
+            column is named here: they are in no class.
         filter: keep only the rows of a table with "COLUMN=VALUE" or "COLUMN!=VALUE".
         max_samples: keep only the first so many. None: all.
+        streaming: train on rows of parquet, CSV, .tar (WebDataset) or Hub shards as they are read, without a copy on
+            disk and without end: more data than memory or disk hold. Set train.max_train_steps.
+        shuffle_buffer_size: of a stream, how many rows are kept to draw the next one from; shards come in random order.
         repeat: how many times an epoch of training reads each sample; of a scene or a graph that is too large, another
             part each time, so that one such sample fills batches and keeps several processes busy.
         guide: for training, a file that `mmssl embed` has written of these samples: batches are then laid out without
             two samples of one cluster of their embeddings, as long as clusters last (G-SimCLR).
-        on_error: what to do with an unreadable sample: "raise", or "skip" it, take the next one, and count it.
+        on_error: what to do with an unreadable sample: "raise", or "skip" it, take the next one, and write it down in
+            failed_samples.jsonl of the run.
+        max_failed: share of the samples read in training that may be unreadable; more stop a run that skips them.
     """
 
     source: str | None = None
@@ -45,9 +51,16 @@ class DataArguments:
     label_column: str | None = None
     filter: str | None = None
     max_samples: int | None = None
+    streaming: bool = False
+    shuffle_buffer_size: int = 1000
     repeat: int = 1
     guide: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    max_failed: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"data.max_failed: found {self.max_failed}; expected a share from 0 to 1")
 
 
 def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
@@ -70,33 +83,24 @@ def load_samples(arguments: DataArguments, modality: Modality) -> Samples:
         if given := [name for name in unused if getattr(arguments, name) != getattr(DataArguments(), name)]:
             raise ValueError(f"data.{given[0]}: {source} is no table and has no such choice; leave it out")
         samples = own
-    elif path.is_dir() and any(path.glob("*.parquet")):
-        samples = from_table(arguments, modality, "parquet", data_files=str(path / "*.parquet"))
+    elif (table := find_table(arguments, modality)) is not None:
+        samples = from_table(arguments, modality, table)
     elif path.is_dir() and not modality.columns:
-        if not any(path.glob("*.csv")):
-            raise ValueError(f"data.source: found no table in {path}; expected .parquet or .csv files")
-        samples = from_table(arguments, modality, "csv", data_files=str(path / "*.csv"))
+        raise ValueError(f"data.source: found no table in {path}; expected .parquet or .csv files")
     elif path.is_dir():
         samples = from_folder(path, modality)
-    elif path.suffix in (".parquet", ".csv"):
-        if not (any(path.parent.glob(path.name)) if "*" in path.name else path.is_file()):
-            raise ValueError(
-                f"data.source: no file {source}; expected an existing {path.suffix[1:]} file or a pattern of some"
-            )
-        samples = from_table(arguments, modality, path.suffix[1:], data_files=str(path))
     elif path.suffix == ".npz":
         if not modality.columns:
             raise ValueError(f"data.source: found {source}; expected a table of whole rows: .parquet or .csv")
         if not path.is_file():
             raise ValueError(f"data.source: no file {source}; expected an existing .npz file")
         samples = from_arrays(arguments, modality, path)
-    elif path.is_file() or path.is_absolute() or source.startswith(("./", "../", "~")):
+    else:
         found = "a file" if path.is_file() else "nothing"
         raise ValueError(
-            f"data.source: found {found} at {source}; expected a folder, a .parquet, .csv or .npz file, or a Hub name"
+            f"data.source: found {found} at {source}; expected a folder, a .parquet, .csv, .tar or .npz file, or a Hub "
+            "name"
         )
-    else:
-        samples = from_table(arguments, modality, source, name=arguments.config_name)
     if arguments.max_samples is not None:
         samples = samples.select(np.arange(min(arguments.max_samples, len(samples))))
     if not len(samples):
@@ -125,36 +129,105 @@ def from_folder(folder: Path, modality: Modality) -> Samples:
     return Samples(values=paths, name=paths.__getitem__, labels=labels, classes=classes.tolist())
 
 
-def from_table(arguments: DataArguments, modality: Modality, loader: str, **options) -> Samples:
-    """A column of files or of a data set on the Hub, undecoded: decoding is the modality's; or its whole rows."""
+@dataclass
+class Table:
+    """Something that ``datasets.load_dataset`` reads: its loader, or a name on the Hub, and what to read with it."""
+
+    loader: str
+    split: str
+    options: dict[str, Any]
+
+
+LOADERS = {".parquet": "parquet", ".csv": "csv", ".tar": "webdataset"}
+
+
+def find_table(arguments: DataArguments, modality: Modality) -> Table | None:
+    """The table that the arguments name: files, files of a folder, or a data set on the Hub. None: no table.
+
+    Raises:
+        ValueError: no such file.
+    """
+    source = str(arguments.source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for suffix, loader in LOADERS.items():
+            # CSV files may lie beside files of samples, and say something of them.
+            if any(path.glob(f"*{suffix}")) and (suffix != ".csv" or not modality.columns):
+                return Table(loader, "train", {"data_files": str(path / f"*{suffix}")})
+        return None
+    if path.suffix in LOADERS:
+        if not (any(path.parent.glob(path.name)) if "*" in path.name else path.is_file()):
+            raise ValueError(
+                f"data.source: no file {source}; expected an existing {path.suffix[1:]} file or a pattern of some"
+            )
+        return Table(LOADERS[path.suffix], "train", {"data_files": str(path)})
+    if path.is_file() or path.suffix == ".npz" or path.is_absolute() or source.startswith(("./", "../", "~")):
+        return None
+    return Table(source, arguments.split, {"name": arguments.config_name})
+
+
+def load_table(arguments: DataArguments, table: Table, streaming: bool) -> Any:
+    """A ``datasets.Dataset``, or with streaming an ``IterableDataset``, whose files are left undecoded.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     import datasets
 
-    split = "train" if loader in ("parquet", "csv") else arguments.split
     try:
-        table = datasets.load_dataset(loader, split=split, **options)
+        loaded: Any = datasets.load_dataset(table.loader, split=table.split, streaming=streaming, **table.options)
+        if streaming and loaded.features is None:
+            loaded = loaded._resolve_features()
     except Exception as error:  # datasets raises many kinds; each becomes the one error that names the source
         raise ValueError(
             f"data.source: cannot load {arguments.source} ({type(error).__name__}: {error}); expected an intact "
-            "parquet or csv file, a folder that exists here, or the name of a data set on the Hub"
+            "parquet, csv or tar file, a folder that exists here, or the name of a data set on the Hub"
         ) from error
-    for name, feature in table.features.items():
+    for name, feature in loaded.features.items():
         if hasattr(feature, "decode") and isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
-            table = table.cast_column(name, type(feature)(decode=False))
+            loaded = loaded.cast_column(name, type(feature)(decode=False))
+    return loaded
+
+
+def column_of(table: Any, arguments: DataArguments, modality: Modality) -> str | None:
+    """The column that holds the samples, in a .tar the ending of their files. None: a sample is a whole row.
+
+    Raises:
+        ValueError: no such column.
+    """
+    if not modality.columns:
+        if arguments.column is not None:
+            raise ValueError(f"data.column: found {arguments.column}; a sample of {modality.name} is a whole row")
+        return None
+    usual = modality.columns
+    if "__key__" in table.column_names:  # of .tar files
+        usual += tuple(ending.removeprefix(".") for ending in modality.extensions)
+    return pick(table.column_names, arguments.column, usual, "column")
+
+
+def from_table(arguments: DataArguments, modality: Modality, found: Table) -> Samples:
+    """A column of files or of a data set on the Hub, undecoded: decoding is the modality's; or its whole rows.
+
+    Of a stream, the first rows alone, as many as its buffer holds: what has to see samples before training sees these.
+    """
+    import datasets
+
+    table = load_table(arguments, found, arguments.streaming)
+    if arguments.streaming:
+        table = datasets.Dataset.from_list(list(table.take(arguments.shuffle_buffer_size)), features=table.features)
     rows = np.arange(len(table))
     if arguments.filter:
         rows = rows_where(arguments.filter, table.column_names, partial(texts_of, table))
         table = table.select(rows)
-    whole_rows = not modality.columns
-    if whole_rows and arguments.column is not None:
-        raise ValueError(f"data.column: found {arguments.column}; a sample of {modality.name} is a whole row")
-    column = None if whole_rows else pick(table.column_names, arguments.column, modality.columns, "column")
-    label_column = pick(table.column_names, arguments.label_column, ("label", "labels"), "label_column", optional=True)
+    column = column_of(table, arguments, modality)
+    usual = ("label", "labels", "cls")  # the last of .tar files
+    label_column = pick(table.column_names, arguments.label_column, usual, "label_column", optional=True)
     labels: np.ndarray | None = None
     classes: list[str] = []
     if label_column is not None:
         labels, classes = labels_of(table, label_column, arguments, rows)
     values: Any = table[column] if column is not None else None
-    if whole_rows:
+    if column is None:
         frame = table.to_pandas()
         values = Rows({name: frame[name].to_numpy() for name in table.column_names if name != label_column})
     return Samples(values=values, name=partial(row_name, str(arguments.source), rows), labels=labels, classes=classes)

@@ -6,13 +6,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, gather_object
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,13 +24,21 @@ from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.base import Objective, ObjectiveOutput
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 from mmssl.randomness import keyed_generator
-from mmssl.training.arguments import Source, TrainArguments
-from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, flatten, save_checkpoint
-from mmssl.training.metrics import Metrics
-from mmssl.training.run import save_heads
-from mmssl.training.schedule import learning_rate, weight_decay
+from mmssl.training.arguments import ModelArguments, Source, TrainArguments
+from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, flatten, save_checkpoint, whole_or_not
+from mmssl.training.failures import Failures, deaths_of_workers_explained
+from mmssl.training.health import Health
+from mmssl.training.metrics import Metrics, numbers_of
+from mmssl.training.nonfinite import Guard
+from mmssl.training.peft_layers import add_peft_layers, merge_peft_layers
+from mmssl.training.prepare import prepare
+from mmssl.training.run import name_of_trained, save_weights
+from mmssl.training.schedule import anneal_step, check_length, rate_at, weight_decay
 from mmssl.training.setup import check_output_dir, device_name, make_optimizer, prepare_output_dir
-from mmssl.training.streams import Stream, count_steps, draw, open_stream
+from mmssl.training.speed import Work
+from mmssl.training.stopping import PREEMPTED, StopSignals
+from mmssl.training.streams import EndlessStream, Stream, count_steps, draw, open_stream
+from mmssl.training.warm_start import WarmStart, origin, untouched
 
 
 class Progress:
@@ -39,11 +47,14 @@ class Progress:
     Attributes:
         step: optimiser steps done.
         seconds: time it took, over all sessions.
+        planned_steps: optimiser steps of the run when it began.
+        total_steps: and now, which a resumed run may have changed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, total_steps: int) -> None:
         self.step = 0
         self.seconds = 0.0
+        self.planned_steps = self.total_steps = total_steps
 
     def state_dict(self) -> dict[str, float]:
         return dict(vars(self))
@@ -59,6 +70,7 @@ def pretrain(
     data: DataArguments = DataArguments(),
     train: TrainArguments = TrainArguments(),
     also: Sequence[Source] = (),
+    model: ModelArguments = ModelArguments(),
 ) -> Path:
     """Pretrain an encoder; start with ``accelerate launch`` for several processes or mixed precision.
 
@@ -69,6 +81,7 @@ def pretrain(
         data: where the samples come from.
         train: how to train.
         also: further modalities that share the encoder. Each optimiser step is of one modality, drawn by weight.
+        model: what the encoder begins with, and how much of it is trained.
 
     Returns:
         The folder of the run, which ``AutoModel.from_pretrained`` and ``AutoProcessor.from_pretrained`` load.
@@ -90,6 +103,10 @@ def pretrain(
         kwargs_handlers=joint,
     )
     check_output_dir(output_dir, train)
+    if model.peft_type and train.metric_for_best_model:
+        raise ValueError(
+            "metric_for_best_model: peft's additions are merged at the end alone; leave one of the two out"
+        )
 
     sources: dict[str, Source] = {}
     for source in (Source(modality, data), *also):
@@ -106,45 +123,41 @@ def pretrain(
     options = {name: source.modality.options() for name, source in sources.items()}
     config = MMSSLConfig(modalities=options, **asdict(encoder))
     config._attn_implementation = train.attn_implementation
-    module = objective(MMSSLModel(config))
+    checkpoint = find_checkpoint(train.resume_from_checkpoint, output_dir) if train.resume_from_checkpoint else None
+    module, started_from = build(objective, config, model, checkpoint)
+    if module.needs_labels:
+        for stream in streams.values():
+            stream.dataset.add_labels()
     if train.activation_checkpointing:
         module.model.activation_checkpointing_enable()
     record = {
-        "modality": options,
-        "objective": {type(module).__name__: options_of(module)},
-        "encoder": asdict(encoder),
-        "data": asdict(data),
-        "samples": len(streams[modality.name].dataset.samples),
-        "also": {
-            source.modality.name: {
-                "data": asdict(source.data),
-                "samples": len(streams[source.modality.name].dataset.samples),
-                "weight": source.weight,
-                "per_device_train_batch_size": streams[source.modality.name].batch_size,
-            }
-            for source in also
-        },
+        **what_it_is(module, encoder, sources, streams, modality.name),
         "train": asdict(train),
+        "model": asdict(model) if model.peft_type else {"init_from": model.init_from},
+        "started_from": started_from,
         "processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("mmssl", "torch", "transformers", "accelerate")
-        },
     }
-    optimizer = make_optimizer(module, train)
-    module, optimizer, *loaders = accelerator.prepare(
-        module, optimizer, *(stream.loader for stream in streams.values())
+    wrapped, optimizer = prepare(accelerator, module, make_optimizer(module, train), train)
+    for stream in streams.values():
+        if not isinstance(stream, EndlessStream):
+            stream.loader = accelerator.prepare(stream.loader)
+    plain = accelerator.unwrap_model(wrapped)
+    metrics = Metrics(accelerator, train, streams, modality.name, Work(accelerator, plain))
+    guard = Guard(accelerator, plain, streams, train)
+    progress = Progress(total_steps)
+    health = Health(accelerator, plain, streams, train, total_steps)
+    failures = Failures(accelerator, streams, sources, train)
+    run = Run(
+        accelerator, wrapped, optimizer, streams, train, total_steps, record, metrics, guard, health, failures, progress
     )
-    for stream, loader in zip(streams.values(), loaders, strict=True):
-        stream.loader = loader
-    metrics = Metrics(accelerator, train, streams, modality.name)
-    run = Run(accelerator, module, optimizer, streams, train, total_steps, record, metrics)
-    accelerator.register_for_checkpointing(run.progress, *streams.values())
+    accelerator.register_for_checkpointing(run.progress, *streams.values(), guard, health)
 
-    if train.resume_from_checkpoint:
-        checkpoint = find_checkpoint(train.resume_from_checkpoint, output_dir)
+    if checkpoint is not None:
         check_same_run(checkpoint, record)
         accelerator.load_state(str(checkpoint))
+        check_length(train, progress.step, progress.planned_steps, progress.total_steps, total_steps)
+        progress.total_steps = total_steps
         accelerator.print(f"Resumed from {checkpoint}: {run.progress.step} of {total_steps} steps are done.")
     if accelerator.is_main_process:
         prepare_output_dir(output_dir, train, run.progress.step)
@@ -152,23 +165,88 @@ def pretrain(
     if train.report_to:
         accelerator.init_trackers("mmssl", config={key: str(value) for key, value in flatten(record, "run").items()})
 
+    failures.begin(progress.step)
+    health.begin(progress.step)
     run.to_the_end()
 
-    accelerator.wait_for_everyone()
+    record |= {"steps": total_steps, "minutes": run.progress.seconds / 60, "device": device_name(accelerator.device)}
+    record["health"] = health.summary()
+    if model.peft_type:
+        merge_peft_layers(plain)
+    save_model(accelerator, wrapped, output_dir / ".model", record)
     if accelerator.is_main_process:
-        done = accelerator.unwrap_model(module, keep_torch_compile=False)
-        done.trained.save_pretrained(output_dir)
-        MMSSLProcessor(MMSSLFeatureExtractor(config.modalities)).save_pretrained(output_dir)
-        record |= {
-            "steps": total_steps,
-            "minutes": run.progress.seconds / 60,
-            "device": device_name(accelerator.device),
-        }
-        (output_dir / RECORD).write_text(json.dumps(record, indent=2))
-        save_heads(done, output_dir)
+        for file in (output_dir / ".model").iterdir():
+            file.replace(output_dir / file.name)  # each of them whole
+        (output_dir / ".model").rmdir()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output_dir
+
+
+def save_model(accelerator: Accelerator, module: nn.Module, folder: Path, record: dict[str, Any]) -> None:
+    """Write what ``AutoModel``, ``AutoProcessor`` and ``load_objective`` load, as a whole or not at all."""
+    plain = accelerator.unwrap_model(module)
+    state = accelerator.get_state_dict(module)  # by all processes, as each may have a part of it
+    with whole_or_not(accelerator, folder) as temporary:
+        if accelerator.is_main_process:
+            save_weights(plain, state, temporary)
+            options = plain.trained.config.modalities
+            MMSSLProcessor(MMSSLFeatureExtractor(options)).save_pretrained(temporary)
+            (temporary / RECORD).write_text(json.dumps(record, indent=2))
+
+
+def build(
+    objective: Callable[[MMSSLModel], Objective], config: MMSSLConfig, model: ModelArguments, checkpoint: Path | None
+) -> tuple[Objective, dict[str, Any] | None]:
+    """The objective and what it trains, and what the record says of the weights that these begin with.
+
+    Weights come first, then what peft adds to them, then the objective, whose teachers are copies of both. Those of a
+    run that is resumed come from its checkpoint, later.
+    """
+    student = MMSSLModel(config)
+    start = WarmStart(model.init_from, config) if model.init_from and checkpoint is None else None
+    if start is not None:
+        start.load_model(student)
+    started_from = start.record() if start is not None else None
+    if checkpoint is not None:
+        started_from = origin(checkpoint)
+    if model.peft_type and started_from:
+        add_peft_layers(student, model, untouched(started_from))
+    module = objective(student)
+    if start is not None:
+        start.load_heads(module)
+        started_from = start.record()
+        if PartialState().is_main_process:
+            start.show()
+    return module, started_from
+
+
+def what_it_is(
+    module: Objective, encoder: EncoderConfig, sources: dict[str, Source], streams: dict[str, Stream], first: str
+) -> dict[str, Any]:
+    """What run.json says of the model, the objective and the data."""
+    return {
+        "modality": {name: source.modality.options() for name, source in sources.items()},
+        "objective": {type(module).__name__: options_of(module)},
+        "trained": name_of_trained(module),
+        "reads_labels": module.needs_labels,
+        "encoder": asdict(encoder),
+        "data": asdict(sources[first].data),
+        "samples": len(streams[first].dataset.samples),
+        "also": {
+            name: {
+                "data": asdict(source.data),
+                "samples": len(streams[name].dataset.samples),
+                "weight": source.weight,
+                "per_device_train_batch_size": streams[name].batch_size,
+            }
+            for name, source in sources.items()
+            if name != first
+        },
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("mmssl", "torch", "transformers", "accelerate")
+        },
+    }
 
 
 @dataclass
@@ -180,6 +258,9 @@ class Run:
         total_steps: optimiser steps of the whole run.
         record: what the run is; goes into every checkpoint.
         metrics: what is written while it trains.
+        guard: sees to steps that are not finite.
+        health: measures what features are worth.
+        failures: knows the samples that could not be read.
     """
 
     accelerator: Accelerator
@@ -190,10 +271,23 @@ class Run:
     total_steps: int
     record: dict[str, Any]
     metrics: Metrics
-    progress: Progress = field(default_factory=Progress)
+    guard: Guard
+    health: Health
+    failures: Failures
+    progress: Progress
 
     def to_the_end(self) -> None:
-        """Train until ``total_steps`` optimiser steps are done."""
+        """Train until ``total_steps`` optimiser steps are done.
+
+        Raises:
+            SystemExit: with ``PREEMPTED``, after a signal that asks to stop, when a checkpoint has been saved.
+        """
+        with StopSignals() as stop, deaths_of_workers_explained():
+            self.train_until(stop)
+        self.failures.report()
+        self.health.report()
+
+    def train_until(self, stop: StopSignals) -> None:
         accelerator, train, progress = self.accelerator, self.train, self.progress
         self.module.train()
         bar = tqdm(
@@ -216,19 +310,38 @@ class Run:
             progress.seconds += now - begun  # what was saved in between is part of a run, but of no modality
             begun = now
             progress.step += 1
-            accelerator.unwrap_model(self.module).after_step(progress.step / self.total_steps)
+            if not self.guard.in_a_row:  # else the step was skipped
+                accelerator.unwrap_model(self.module).after_step(progress.step / self.total_steps)
             every = train.checkpointing_steps
-            saves = every is not None and progress.step % every == 0
-            if progress.step % train.logging_steps == 0 or progress.step == self.total_steps or saves:
-                own = {"learning_rate": rate, "grad_norm": float(norm)}
-                own |= {name: value.item() for name, value in out.metrics.items()}
-                bar.set_postfix_str(self.metrics.write(progress.step, own), refresh=False)  # and stop if not finite
+            anneals = progress.step == anneal_step(train, self.total_steps)
+            saves = anneals or (every is not None and progress.step % every == 0)
+            measures = self.health.due(progress.step)
+            logs = progress.step % train.logging_steps == 0 or progress.step == self.total_steps or saves or measures
+            # Processes ask each other at steps at which they wait for each other anyway.
+            stops = (logs or accelerator.num_processes == 1) and stop.anywhere(accelerator)
+            if logs or stops:
+                self.guard.look()  # nothing is written or saved of a step that was not finite
+                own = {"learning_rate": rate, "grad_norm": float(norm)} | self.guard.counts()
+                own |= numbers_of(out) | self.failures.gather(progress.step)
+                if measures:
+                    own |= self.health.measure(progress.step, own.get("loss_over_trivial"))
+                bar.set_postfix_str(self.metrics.write(progress.step, own), refresh=False)
             bar.update()
-            if saves:
+            if measures and train.metric_for_best_model and self.health.is_best():
+                best = Path(train.output_dir) / "best"
+                save_model(accelerator, self.module, best, self.record | {"steps": progress.step})
+            if saves or stops:
                 output_dir, limit = Path(train.output_dir), train.checkpoints_total_limit
-                save_checkpoint(accelerator, output_dir, progress.step, self.record, limit)
+                saved = save_checkpoint(accelerator, output_dir, progress.step, self.record, limit, keep=anneals)
+            if stops and progress.step < self.total_steps:
+                bar.close()
+                accelerator.print(
+                    f"Stopped by a signal after step {progress.step} of {self.total_steps}; {saved} is whole: go on "
+                    "with --train.resume_from_checkpoint latest"
+                )
+                accelerator.end_training()
+                raise SystemExit(PREEMPTED)
         bar.close()
-        self.report_failed()
 
     def train_step(self, name: str) -> tuple[Tensor, ObjectiveOutput, float, Any]:
         """An optimiser step, all of its batches of one modality.
@@ -237,14 +350,7 @@ class Run:
             The loss, the output for the last batch, the learning rate, and the norm of the gradient.
         """
         accelerator, train, stream = self.accelerator, self.train, self.streams[name]
-        rate = learning_rate(
-            self.progress.step,
-            self.total_steps,
-            round(train.warmup_ratio * self.total_steps),
-            train.learning_rate,
-            train.min_learning_rate,
-            train.lr_scheduler_type,
-        )
+        rate = rate_at(self.progress.step, train, self.total_steps, self.progress.planned_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         decay = weight_decay(self.progress.step, self.total_steps, train.weight_decay, train.final_weight_decay)
@@ -252,31 +358,23 @@ class Run:
         # Batches of the same number must not be masked alike, only because there are several modalities.
         key = [train.seed] if len(self.streams) == 1 else [train.seed, name]
         losses: list[Tensor] = []
-        norm: Any = 0.0
+        norm: Any = None
         for _ in range(train.gradient_accumulation_steps):
             asked = time.perf_counter()
             inputs = stream.next_inputs()
             self.metrics.waited += time.perf_counter() - asked
+            self.guard.before(self.progress.step + 1, name, inputs)
             rank = accelerator.process_index
             generator = keyed_generator(accelerator.device, *key, stream.epoch, stream.batch, rank)
-            with accelerator.accumulate(self.module):
-                out = self.module(inputs, generator)
+            with accelerator.accumulate(self.module), self.metrics.work.counted(name, inputs):
+                with accelerator.autocast():  # which FSDP2 leaves to its caller
+                    out = self.module(inputs, generator)
                 accelerator.backward(out.loss)
                 if accelerator.sync_gradients:
                     limit = train.max_grad_norm or math.inf  # the norm is logged, clipped or not
                     norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
-                self.optimizer.step()
+                if self.guard.after(out, norm):
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
             losses.append(out.loss.detach())
         return torch.stack(losses).mean(), out, rate, norm
-
-    def report_failed(self) -> None:
-        """Count and name the samples that could not be read, by any process."""
-        for modality, stream in self.streams.items():
-            failed = sorted(set(gather_object(sorted(stream.failed))))
-            if failed:
-                names = "\n  ".join(stream.dataset.samples.name(position) for position in failed[:10])
-                self.accelerator.print(
-                    f"{modality}: {len(failed)} of {len(stream.dataset.samples)} samples could not be read and "
-                    f"were skipped, among them:\n  {names}"
-                )

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mmssl.discovery import find_all
 from mmssl.modeling import MMSSLModel
@@ -13,11 +14,19 @@ from mmssl.training.checkpoint import RECORD
 HEADS = "objective.safetensors"
 
 
-def save_heads(objective: Objective, output_dir: Path) -> None:
-    """The objective's own weights, all but those of the saved model: its decoder, heads, teacher or student."""
+def save_weights(objective: Objective, state: dict[str, Tensor], output_dir: Path) -> None:
+    """The model that a run saves, and beside it the objective's own weights: its decoder, heads, teacher or student.
+
+    Args:
+        objective: which may have no more than a part of its weights, where it is sharded.
+        state: all of its weights and buffers.
+        output_dir: the folder of the run.
+    """
     saved = name_of_trained(objective)
-    state = {name: value.contiguous() for name, value in objective.state_dict().items() if not name.startswith(saved)}
-    save_file(state, output_dir / HEADS)
+    model = {name.removeprefix(saved): value for name, value in state.items() if name.startswith(saved)}
+    objective.trained.save_pretrained(output_dir, state_dict=model)
+    others = {name: value.contiguous() for name, value in state.items() if not name.startswith(saved)}
+    save_file(others, output_dir / HEADS)
 
 
 def name_of_trained(objective: Objective) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mmssl.training.arguments import TrainArguments
-from mmssl.training.checkpoint import RECORD, step_folders
+from mmssl.training.checkpoint import RECORD, remove, step_folders
 from mmssl.training.metrics import METRICS
 
 
@@ -39,7 +39,9 @@ def prepare_output_dir(output_dir: Path, train: TrainArguments, step: int) -> No
     output_dir.mkdir(parents=True, exist_ok=True)
     for folder in step_folders(output_dir):
         if int(folder.name.removeprefix("step_")) > step:
-            shutil.rmtree(folder)
+            remove(folder)
+    for folder in (*output_dir.glob(".*.tmp"), *output_dir.glob(".*.old")):  # what a killed run was about
+        shutil.rmtree(folder)
     metrics = output_dir / METRICS
     if metrics.exists():
         lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]  # a killed run may cut one
@@ -47,12 +49,13 @@ def prepare_output_dir(output_dir: Path, train: TrainArguments, step: int) -> No
 
 
 def make_optimizer(module: nn.Module, train: TrainArguments) -> torch.optim.AdamW:
-    """AdamW; only weight matrices decay. Learned tokens are told by their names, as some have more than one axis."""
+    """AdamW; only weight matrices decay. Learned tokens and factors of IA3 are told by name: some have two axes."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (others if parameter.ndim <= 1 or "token" in name.rpartition(".")[2] else decayed).append(parameter)
+            told = "token" in name.rpartition(".")[2] or ".ia3_l." in name
+            (others if parameter.ndim <= 1 or told else decayed).append(parameter)
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": train.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=train.learning_rate,

@@ -258,13 +258,13 @@ def test_hub_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     samples = load("someone/pictures", config_name="small", split="validation[:10]")
-    assert calls == [(("someone/pictures",), {"name": "small", "split": "validation[:10]"})]
+    assert calls == [(("someone/pictures",), {"name": "small", "split": "validation[:10]", "streaming": False})]
     assert greys(samples) == [0, 10, 20, 30, 40, 50] and list(samples.classes) == NAMES
     assert samples.values[0] == {"bytes": picture(0), "path": None}
     assert "someone/pictures" in samples.name(4) and samples.name(4).endswith("row 4")
     sounds = load_samples(DataArguments(source="someone/pictures"), Speech())
     assert sounds.values[0] == audio[0]
-    assert calls[1] == (("someone/pictures",), {"name": None, "split": "train"})
+    assert calls[1] == (("someone/pictures",), {"name": None, "split": "train", "streaming": False})
 
 
 def test_hub_errors_name_the_source(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,8 +62,8 @@ def test_terms_that_compare_views_share_them_and_their_forwards() -> None:
         "barlow": {"class_path": "BarlowTwins", "init_args": projector},
     }
     views = {"crop_scale": (0.3, 1.0)}
-    with_views = {"modalities": {"image": IMAGE | views}, "hidden_size": 16, "num_attention_heads": 2}
-    model = MMSSLModel(MMSSLConfig(num_hidden_layers=1, **with_views))
+    shape: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MMSSLModel(MMSSLConfig(modalities={"image": IMAGE | views}, **shape))
     together = Sum(model, terms)
     calls = []
     model.encoder.register_forward_hook(lambda *_: calls.append(1))

@@ -16,19 +16,26 @@ from tests.training.test_resume import assert_same_weights, exact
 from tests.training.tiny import metrics
 
 
-def launch(module: str, *arguments: str) -> None:
-    """Run a module of the tests in two processes on the CPU."""
+def two_processes(module: str, *arguments: str) -> subprocess.Popen:
+    """Start a module of the tests in two processes on the CPU."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *torchrun, "-m", module, *arguments],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launch(module: str, *arguments: str) -> None:
+    """Run a module of the tests in two processes on the CPU, to its end."""
+    process = two_processes(module, *arguments)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
 
 
 @pytest.mark.slow
