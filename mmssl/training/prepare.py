@@ -98,4 +98,4 @@ def read_through_objective(objective: Objective) -> None:
         objective.reshard()  # type: ignore[operator]
         return out
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward

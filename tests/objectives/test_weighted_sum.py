@@ -80,7 +80,7 @@ def test_terms_that_compare_views_share_them_and_their_forwards() -> None:
     torch.testing.assert_close(found.loss, sum(losses))
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-2, atol=1e-4)
 
 
 def test_each_weight_is_there_once() -> None:

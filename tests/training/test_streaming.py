@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from mmssl.data import DataArguments
@@ -12,9 +13,15 @@ from mmssl.encoder import EncoderConfig
 from mmssl.modalities.image import Image
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 from mmssl.training import TrainArguments, pretrain
-from tests.data.test_streaming import no_rest, write_shards  # noqa: F401
+from tests.data.test_streaming import write_shards
 from tests.training.test_resume import assert_same_weights, exact
 from tests.training.tiny import metrics
+
+
+@pytest.fixture(autouse=True)
+def no_wait_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers that are given up in the middle of a pass sleep for seconds, lest their threads be cut off."""
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
 def run(source: Path, output_dir: Path, **train: Any) -> list[dict[str, float]]:
