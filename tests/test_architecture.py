@@ -41,7 +41,7 @@ ENCODING = {
     "motifs",
 }
 MODEL = {*ENCODING, "modalities", "modeling", "heads", "feature_queue"}
-USERS = {*MODEL, "processing", "objectives", "data"}
+USERS = {*MODEL, "processing", "objectives", "data", "probes"}
 EVERYTHING = {*USERS, "training", "evaluation", "cli", "mmssl"}
 MAY_IMPORT = {
     "discovery": set(),
@@ -50,6 +50,7 @@ MAY_IMPORT = {
     "samples": set(),
     "teacher": set(),
     "monitors": set(),
+    "probes": set(),
     "collectives": set(),
     "heads": {"collectives"},
     "feature_queue": {"collectives"},
@@ -72,7 +73,7 @@ MAY_IMPORT = {
     "processing": MODEL,
     "objectives": MODEL,
     "data": {*ENCODING, "modalities"},
-    "training": {*USERS, "evaluation"},  # the probes of a run's health
+    "training": USERS,
     "evaluation": USERS,
     # mmssl/__init__.py: what `import mmssl` brings; training when first used, the test of a light import sees to that
     "mmssl": {"modeling", "processing", "training", "version"},

@@ -3,8 +3,8 @@
 from mmssl.evaluation.embed import embed
 from mmssl.evaluation.evaluate import Score, evaluate, print_scores
 from mmssl.evaluation.pictures import draw_reconstructions
-from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, PROTOCOLS
 from mmssl.evaluation.report import report
+from mmssl.probes import DEFAULT_PROTOCOLS, PROTOCOLS
 
 __all__ = [
     "DEFAULT_PROTOCOLS",

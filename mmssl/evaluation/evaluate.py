@@ -15,9 +15,9 @@ from transformers import AutoModel
 
 from mmssl.data import DataArguments
 from mmssl.evaluation.features import Pooling, features_of
-from mmssl.evaluation.protocols import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS, RAW_ONLY, quantities
 from mmssl.evaluation.splits import check_labels, labelled_pair, positions
 from mmssl.modeling import MMSSLModel
+from mmssl.probes import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS, RAW_ONLY, quantities
 
 
 @dataclass

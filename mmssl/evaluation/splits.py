@@ -7,8 +7,8 @@ from sklearn.model_selection import train_test_split
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
 from mmssl.data.builtin import BUILTIN
-from mmssl.evaluation.protocols import quantities
 from mmssl.modalities.base import Modality
+from mmssl.probes import quantities
 
 SPLITS = ("train", "validation", "test")
 

@@ -345,7 +345,7 @@ def scores(features: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     from sklearn.model_selection import train_test_split
     from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
-    from mmssl.evaluation.protocols import linear_probe, quantities
+    from mmssl.probes import linear_probe, quantities
 
     classes = None if quantities(labels) else labels
     fit, test, fit_labels, test_labels = train_test_split(

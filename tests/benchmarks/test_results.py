@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mmssl.evaluation.protocols import RAW_ONLY
+from mmssl.probes import RAW_ONLY
 
 ROOT = Path(__file__).parents[2]
 FIELDS = {

@@ -13,8 +13,8 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 from torch import nn
 
-from mmssl.evaluation import protocols
-from mmssl.evaluation.protocols import (
+from mmssl import probes
+from mmssl.probes import (
     DEFAULT_PROTOCOLS,
     PROTOCOLS,
     few_shot,
@@ -46,14 +46,14 @@ def standardise(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[np.ndarray, np.ndarray, GridSearchCV]]:
     """Collects what each probe is fitted on, and what comes out."""
     found: list[tuple[np.ndarray, np.ndarray, GridSearchCV]] = []
-    fit_best = protocols.fit_best
+    fit_best = probes.fit_best
 
     def spy(estimator, grid, features, labels, folds=None, validation=None) -> GridSearchCV:
         result = fit_best(estimator, grid, features, labels, folds, validation)
         found.append((features.copy(), labels.copy(), result))
         return result
 
-    monkeypatch.setattr(protocols, "fit_best", spy)
+    monkeypatch.setattr(probes, "fit_best", spy)
     return found
 
 
