@@ -1,6 +1,6 @@
 """Draw what runs of benchmarks/matrix.py logged: a picture for each objective, its loss and its metrics over the steps.
 
-    python benchmarks/healthy.py runs/matrix/image --output docs/images
+    python benchmarks/healthy.py runs/matrix/image docs/images/objectives
 
 A line is a seed. The pictures are what docs/objectives shows of a healthy run.
 """

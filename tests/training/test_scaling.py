@@ -13,7 +13,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DeepSpeedPlugin, DynamoBackend, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, DynamoBackend, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -23,9 +23,9 @@ from transformers import AutoModel
 
 from mmssl import MMSSLConfig, MMSSLModel
 from mmssl.encoder import EncoderLayer
-from mmssl.training import load_objective
+from mmssl.training import TrainArguments, load_objective
 from mmssl.training.checkpoint import read_record
-from mmssl.training.prepare import compile_blocks, set_up_sharding
+from mmssl.training.prepare import compile_blocks, prepare, set_up_sharding
 from tests.training.test_processes import launch
 from tests.training.test_resume import assert_same_weights, exact
 from tests.training.tiny import metrics, run
@@ -44,8 +44,8 @@ def test_a_sharded_objective_is_the_unsharded_one(tmp_path: Path) -> None:
         assert found.keys() == unsharded[cell].keys()
         for name, value in found.items():
             close = 1e-5 if name in ("norm", "read") else 1e-6
-            difference = (value - unsharded[cell][name]).abs()
-            assert (difference <= close + close * unsharded[cell][name].abs()).all(), f"{cell} {name}"
+            alone = unsharded[cell][name].double()
+            assert ((value.double() - alone).abs() <= close + close * alone.abs()).all(), f"{cell} {name}"
 
     ddp, fsdp, resumed = (tmp_path / name for name in ("ddp", "fsdp", "resumed"))
     assert read_record(fsdp)["processes"] == 2 and read_record(fsdp)["mixed_precision"] == "bf16"
@@ -77,6 +77,22 @@ def test_settings_of_fsdp_that_would_do_harm_are_refused(setting: str, found: An
     accelerator: Any = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(ValueError, match=f"^fsdp_{setting}: found {str(found).lower()}; expected {expected}, as "):
         set_up_sharding(accelerator)
+
+
+def test_deepspeed_is_told_the_flags_that_it_cannot_see() -> None:
+    accelerator: Any = SimpleNamespace(
+        distributed_type=DistributedType.DEEPSPEED,
+        deepspeed_plugin=SimpleNamespace(deepspeed_config={"gradient_clipping": "auto"}),
+        state=SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=DynamoBackend.NO)),
+        prepare=lambda *both: both,
+    )
+    nothing: Any = None
+    for norm, told in ((None, 0.0), (0.5, 0.5)):
+        prepare(accelerator, nothing, nothing, TrainArguments(per_device_train_batch_size=24, max_grad_norm=norm))
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        assert config == {"gradient_clipping": told, "train_micro_batch_size_per_gpu": 24}
+    with pytest.raises(ValueError, match=r"on_nonfinite: found skip; expected stop, as DeepSpeed"):
+        prepare(accelerator, nothing, nothing, TrainArguments(on_nonfinite="skip"))
 
 
 @pytest.mark.slow
