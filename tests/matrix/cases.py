@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from mmssl.discovery import find_all, names
 from mmssl.modalities.base import Modality
@@ -327,7 +328,10 @@ def untrained(modality: str, width: int) -> str:
     sizes: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng():
         torch.manual_seed(5)
-        MMSSLModel(MMSSLConfig(modalities={modality: MODALITIES[modality][0]}, **sizes)).save_pretrained(folder)
+        model = MMSSLModel(MMSSLConfig(modalities={modality: MODALITIES[modality][0]}, **sizes))
+    model.config.architectures = ["MMSSLModel"]
+    model.config.save_pretrained(folder)
+    save_file(model.state_dict(), f"{folder}/model.safetensors", {"format": "pt"})  # of several processes, each its own
     return folder
 
 
