@@ -21,8 +21,8 @@ from mmssl.cli import with_source
 from mmssl.data import DataArguments, PreparedSamples
 from mmssl.evaluation.evaluate import fresh
 from mmssl.evaluation.features import extract, pooled
-from mmssl.probes import PROTOCOLS
 from mmssl.evaluation.splits import check_labels, labelled_pair
+from mmssl.probes import PROTOCOLS
 from mmssl.training import load_objective
 from mmssl.training.checkpoint import step_folders
 
