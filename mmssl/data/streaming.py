@@ -7,6 +7,7 @@ Where a worker stands is the number of rows it has read. To resume, it reads pas
 comes to the same rows in the same order, whatever the buffer held.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mmssl.data.prepared import MOST_IN_A_ROW
 from mmssl.data.sources import DataArguments, column_of, find_table, load_table
 from mmssl.modalities.base import Modality
 from mmssl.randomness import seed_of
 from mmssl.samples import Samples
-
-MOST_IN_A_ROW = 1000  # unreadable rows one after the other
 
 
 class StreamedSamples(IterableDataset):
@@ -106,10 +106,13 @@ class StreamedSamples(IterableDataset):
         yield from [(None, {}, 0)] * (done * self.batch_size)
         failed: dict[int, str] = {}
         row = 0
+        table = copy.deepcopy(
+            self.table
+        )  # its epoch is in memory that all workers share, and they are at different ones
         for epoch in count():
             before = row
-            self.table.set_epoch(epoch)
-            for value in self.table:
+            table.set_epoch(epoch)
+            for value in table:
                 row += 1
                 if row <= self.rows[worker]:
                     continue
