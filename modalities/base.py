@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmssl.discovery import options_of
+from mmssl.drawings import Drawing
 from mmssl.samples import Samples
 from mmssl.tokens import Mask, Tokens, gather
 
@@ -224,6 +225,10 @@ class Modality(nn.Module):
 
     def picture(self, tokens: Tokens) -> Tensor:
         """Contents as pictures for people, (B, height, width, 3) between 0 and 1; NaN content is left blank."""
+        raise NotImplementedError
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """Contents in the form that people look at them in, one for each sample; NaN content is left blank."""
         raise NotImplementedError
 
     def reconstruction_head(self, width: int) -> nn.Module:

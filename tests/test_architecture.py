@@ -39,6 +39,7 @@ ENCODING = {
     "geometry",
     "signals",
     "motifs",
+    "drawings",
 }
 MODEL = {*ENCODING, "modalities", "modeling", "heads", "feature_queue"}
 USERS = {*MODEL, "processing", "objectives", "data", "probes"}
@@ -66,6 +67,7 @@ MAY_IMPORT = {
     "geometry": set(),
     "signals": {"tokens"},
     "motifs": set(),
+    "drawings": set(),
     "encoder": {*BOTTOM, "tokens", "edges"},
     "positions": {*BOTTOM, "tokens"},
     "modalities": ENCODING,

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from mmssl.data import DataArguments, PreparedSamples, load_samples
-from mmssl.evaluation.evaluate import load_model, pick_modality
 from mmssl.evaluation.features import Pooling, extract, pooled
+from mmssl.evaluation.models import load_model, pick_modality
 from mmssl.evaluation.splits import readable
 
 ENDINGS = (".npz", ".parquet")

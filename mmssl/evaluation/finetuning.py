@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from mmssl.data import DataArguments, PreparedSamples, Samples
-from mmssl.evaluation.evaluate import Score, fresh, load_model, pick_modality
+from mmssl.evaluation.evaluate import Score
 from mmssl.evaluation.features import Pooling, pooled
+from mmssl.evaluation.models import fresh, load_model, pick_modality
 from mmssl.evaluation.splits import check_labels, labelled_pair
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel

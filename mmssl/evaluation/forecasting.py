@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmssl.data import DataArguments, load_samples
-from mmssl.evaluation.evaluate import fresh, load_model, pick_modality
+from mmssl.evaluation.models import fresh, load_model, pick_modality
 from mmssl.modalities.base import Batch
 from mmssl.modalities.time_series import TimeSeries
 from mmssl.modeling import MMSSLModel

@@ -18,8 +18,8 @@ from transformers import AutoModel, BertConfig, BertModel
 from mmssl.cli import evaluate_command
 from mmssl.data import DataArguments, PreparedSamples, Samples
 from mmssl.evaluation import PROTOCOLS, Score, evaluate, print_scores
-from mmssl.evaluation.evaluate import fresh, load_model
 from mmssl.evaluation.features import extract, pooled
+from mmssl.evaluation.models import fresh, load_model
 from mmssl.evaluation.splits import labelled_pair
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
