@@ -29,10 +29,12 @@ class Spectrogram:
     Attributes:
         values: (frequencies, frames), low frequencies first.
         hop: seconds from one frame to the next.
+        frequencies: (frequencies,) Hz, the middle of each band. None: not known.
     """
 
     values: np.ndarray
     hop: float
+    frequencies: np.ndarray | None = None
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Network:
     """Nodes and the edges between them.
 
     Attributes:
-        edges: (2, edges) positions of the nodes that each one joins.
+        edges: (2, edges) positions of the nodes that each one joins, the lower one first; no two nodes twice.
         values: (nodes, features) what the nodes hold.
     """
 

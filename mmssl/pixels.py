@@ -62,6 +62,21 @@ def read_image(sample: Any, size: Size, channels: int, least: Size) -> Tensor:
     return pixels
 
 
+def size_of(sample: Any, channels: int) -> Size:
+    """Height and width of an image that ``read_image`` reads, before it is resized."""
+    if isinstance(sample, dict):
+        sample = file_of(sample)
+    if isinstance(sample, bytes):
+        sample = io.BytesIO(sample)
+    if isinstance(sample, str | Path | io.BytesIO):
+        sample = PILImage.open(sample)
+    if isinstance(sample, PILImage.Image):
+        sample = ImageOps.exif_transpose(sample)
+        return sample.height, sample.width
+    height, width = channels_first(torch.from_numpy(number_array(sample)), channels).shape[1:]
+    return height, width
+
+
 def from_pil(image: PILImage.Image, size: Size, channels: int, least: Size) -> Tensor:
     check_channels_of_file(channels, "an image", "(H, W, C)")
     image = ImageOps.exif_transpose(image)

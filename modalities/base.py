@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -64,7 +65,7 @@ class Modality(nn.Module):
         return options_of(self)
 
     def offers(self, method: str) -> bool:
-        """Whether this modality has the optional ``view``, ``alter`` or ``places``."""
+        """Whether this modality has the optional ``view``, ``alter``, ``places`` or ``spread``."""
         return getattr(type(self), method) is not getattr(Modality, method)
 
     def build(self, width: int) -> Self:
@@ -105,6 +106,20 @@ class Modality(nn.Module):
         """
         return sample
 
+    def labelled(self, sample: Any, labels: np.ndarray) -> dict[str, Tensor]:
+        """What ``prepare`` makes of a raw sample, and beside it the "labels" of its elements (pixels, points).
+
+        They go where ``prepare`` and ``excerpt`` put the elements; ``collate`` drops them. Offered with ``spread``.
+
+        Args:
+            sample: the raw sample.
+            labels: int, one for each element of it, -1 where an element has none.
+
+        Raises:
+            ValueError: as ``prepare``; or there are not as many labels as elements.
+        """
+        raise NotImplementedError(f"{self.name} has no elements with labels")
+
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
         """Put prepared samples into one batch, padded where they differ in length."""
         raise NotImplementedError
@@ -126,6 +141,25 @@ class Modality(nn.Module):
     def raw_features(self, batch: Batch) -> Tensor:
         """(B, F) what a probe reads without any model: the baseline beside every claim of learning."""
         raise NotImplementedError
+
+    def elements(self, batch: Batch) -> list[Tensor]:
+        """The values of each element (pixel, point) of each sample, (*E, F) each. Offered with ``spread``."""
+        raise NotImplementedError(f"{self.name} has no elements that features of tokens could be spread over")
+
+    def spread(self, features: Tensor, tokens: Tokens, batch: Batch) -> list[Tensor]:
+        """Features of tokens interpolated at each element (pixel, point) of each sample. Optional.
+
+        Linear in the features, so that those of one token alone tell its share of each element.
+
+        Args:
+            features: (B, N, F), of all tokens, padding too.
+            tokens: the tokens of the batch.
+            batch: the batch they were cut from.
+
+        Returns:
+            (*E, F) for each sample, in the order of its elements in the batch; padding is left out.
+        """
+        raise NotImplementedError(f"{self.name} has no elements that features of tokens could be spread over")
 
     def mask(self, tokens: Tokens, ratio: float | Tensor, generator: torch.Generator, style: str = "random") -> Mask:
         """Choose the tokens to hide.
@@ -228,8 +262,15 @@ class Modality(nn.Module):
         raise NotImplementedError
 
     def drawings(self, tokens: Tokens) -> list[Drawing]:
-        """Contents in the form that people look at them in, one for each sample; NaN content is left blank."""
+        """Contents in the form that people look at them in, one for each sample; NaN content is left blank.
+
+        Padding is left out. Drawings of tokens that differ in content alone lie on the same axes.
+        """
         raise NotImplementedError
+
+    def sounds(self, batch: Batch) -> list[tuple[np.ndarray, int]] | None:
+        """Each sample to listen to: (steps,) between -1 and 1, and steps in a second. None: it makes no sound."""
+        return None
 
     def reconstruction_head(self, width: int) -> nn.Module:
         """A new module from (B, N, width) to the shape of the target; by default that of the content."""

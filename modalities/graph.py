@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmssl.drawings import Drawing, Network
 from mmssl.graph_files import EDGE_LISTS, pyg, read_collection, read_file
 from mmssl.modalities.base import Batch, Modality, View, nearest
 from mmssl.positions import MLPPositions, NoPositions
@@ -283,6 +284,16 @@ class Graph(Modality):
         content = content[:, rows][:, :, columns].float()
         largest = content.nan_to_num().abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
         return (1 - content.abs() / largest)[..., None].expand(-1, -1, -1, 3)
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """Nodes with the features that the model reads, scaled if ``normalize_features``; edges without direction."""
+        length = tokens.valid.shape[1]
+        edges = np.zeros((2, 0), dtype=np.int64) if tokens.edges is None else tokens.edges.numpy(force=True)
+        row, edges = edges[1] // length, np.sort(edges % length, axis=0)
+        return [
+            Network(np.unique(edges[:, row == number], axis=1), content[valid].float().numpy(force=True))
+            for number, (content, valid) in enumerate(zip(tokens.content, tokens.valid, strict=True))
+        ]
 
     def reconstruction_loss(self, prediction: Tensor, target: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled cosine error ``(1 - cos(prediction, target)) ** gamma``; a node without features has no direction."""

@@ -6,22 +6,27 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmssl.drawings import Drawing, Frames
 from mmssl.modalities.base import Batch, Modality, View, bin_of, block_order, rectangle
 from mmssl.pixels import (
     IMAGE_ENDINGS,
     beside,
     channel_statistics,
+    covering,
     crop_and_flip,
     kornia_augmentation,
+    middle,
     pair,
     patch_grid,
     quarter_turns,
     read_image,
     recolor,
+    size_of,
     transform,
 )
 from mmssl.positions import SinCosPositions
@@ -138,6 +143,23 @@ class Image(Modality):
         mean, std = self.statistics(pixels)
         return {"pixel_values": (pixels - mean) / std}
 
+    def labelled(self, sample: Any, labels: np.ndarray) -> dict[str, Tensor]:
+        """Labels (H, W) of an image of this size are resized with it (the nearest one) and cut to its centre."""
+        prepared = self.prepare(sample)
+        size = size_of(sample, self.num_channels)
+        if labels.shape != size:
+            raise ValueError(
+                f"found an image of {size[0]}x{size[1]} pixels and labels of shape {labels.shape}; expected a label "
+                "for each pixel"
+            )
+        height, width = covering(*size, self.image_size)
+        rows, columns = middle(height, width, self.image_size)
+        y, x = (
+            torch.arange(side.start, side.stop).add(0.5).mul(old / new).long()
+            for side, old, new in ((rows, size[0], height), (columns, size[1], width))
+        )
+        return {**prepared, "labels": torch.from_numpy(labels.astype(np.int64))[y[:, None], x]}
+
     def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         return beside(self.image_mean, like, axes=2), beside(self.image_std, like, axes=2)
 
@@ -177,6 +199,17 @@ class Image(Modality):
         if not self.scattering_scales:
             return batch["pixel_values"].flatten(1)
         return self.tokenize(batch).content.unflatten(-1, (math.prod(self.cells), -1)).mean(dim=2).flatten(1)
+
+    def elements(self, batch: Batch) -> list[Tensor]:
+        """(H, W, C) the pixels."""
+        return list(batch["pixel_values"].movedim(1, -1))
+
+    def spread(self, features: Tensor, tokens: Tokens, batch: Batch) -> list[Tensor]:
+        """(H, W, F) bilinear between the centres of patches; outside of them those of the outermost ones."""
+        height, width = batch["pixel_values"].shape[2:]
+        rows, columns = patch_grid(height, width, self.patch_size)
+        grid = rearrange(features, "b (h w) f -> b f h w", h=rows, w=columns)
+        return list(nn.functional.interpolate(grid, (height, width), mode="bilinear").movedim(1, -1))
 
     def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
         if style == "random":
@@ -278,6 +311,10 @@ class Image(Modality):
         mean, std = self.statistics(pixels)
         pixels = (pixels * std + mean).clamp(0, 1)[:, : 3 if self.num_channels >= 3 else 1]
         return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """Still pictures, as ``picture`` shows them."""
+        return [Frames(pixels[None]) for pixels in self.picture(tokens).numpy(force=True)]
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, mirror, turn, change colours and blur, with kornia on the whole batch at once."""

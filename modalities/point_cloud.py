@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmssl.drawings import Drawing, Points
 from mmssl.geometry import chamfer, farthest_points, nearest_points
 from mmssl.modalities.base import Batch, Modality, View
 from mmssl.point_files import read_points
@@ -127,6 +128,16 @@ class PointCloud(Modality):
             points[:, :3] -= points[:, :3].mean(axis=0)
         return {"points": torch.from_numpy(points).float()}
 
+    def labelled(self, sample: Any, labels: np.ndarray) -> dict[str, Tensor]:
+        """A label (N,) for each point that is stored; the points drawn on a mesh have none."""
+        prepared = self.prepare(sample)
+        if labels.shape != (len(prepared["points"]),):
+            raise ValueError(
+                f"found {len(prepared['points'])} points and labels of shape {labels.shape}; expected a label for "
+                "each point, of a cloud and not of a mesh"
+            )
+        return {**prepared, "labels": torch.from_numpy(labels.astype(np.int64))}
+
     def excerpt(self, sample: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
         """At most ``num_points`` points, at random or around a random one, normalised."""
         points = sample["points"]
@@ -137,13 +148,14 @@ class PointCloud(Modality):
             else:
                 centre = points[torch.randint(len(points), (), generator=generator), :3]
                 index = (points[:, :3] - centre).square().sum(dim=1).topk(self.num_points, largest=False).indices
-            points = points[index]
+            sample = {name: values[index] for name, values in sample.items()}  # labels of points go with them
+            points = sample["points"]
         if self.normalize:
             xyz = points[:, :3] - points[:, :3].mean(dim=0)
             xyz = xyz / positive(xyz.abs().max())  # so that no square overflows or vanishes
             xyz = xyz / positive(xyz.norm(dim=1).max())
             points = torch.cat([xyz, points[:, 3:]], dim=1)
-        return {"points": points}
+        return {**sample, "points": points}
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
         clouds = [sample["points"] for sample in samples]
@@ -200,6 +212,23 @@ class PointCloud(Modality):
         bins = (distance * 32).long().clamp(max=63)
         return points.new_zeros(len(points), 64).scatter_add_(1, bins, torch.ones_like(distance)) / place.shape[1]
 
+    def elements(self, batch: Batch) -> list[Tensor]:
+        """(points, 3 + C) the points."""
+        return [points[valid] for points, valid in zip(*self.read(batch), strict=True)]
+
+    def spread(self, features: Tensor, tokens: Tokens, batch: Batch) -> list[Tensor]:
+        """(points, F) of the 3 nearest centres, weighted by inverse squared distance (Qi et al., PointNet++, 2017)."""
+        points, valid = self.read(batch)
+        xyz, centres = points[..., :3], tokens.coords
+        index = nearest_points(xyz, centres, tokens.valid, min(3, centres.shape[1]))
+        difference = xyz[:, :, None] - gather(centres, index.flatten(1)).unflatten(1, index.shape[1:])
+        distance = difference.square().sum(dim=-1)
+        weight = torch.where(distance > 0, distance[..., :1] / distance, 1.0)  # at a centre, of that one alone
+        weight = weight / weight.sum(dim=-1, keepdim=True)
+        near = gather(features, index.flatten(1)).unflatten(1, index.shape[1:])
+        dense = (near * weight[..., None].to(near.dtype)).sum(dim=2)
+        return [values[there] for values, there in zip(dense, valid, strict=True)]
+
     def hiding_order(self, tokens: Tokens, generator: torch.Generator, style: str) -> Tensor:
         """Style "block": the groups nearest to a random one."""
         order = super().hiding_order(tokens, generator, style)
@@ -241,14 +270,19 @@ class PointCloud(Modality):
         """Chamfer distance of each group: the order of the points in it has no meaning."""
         return chamfer(prediction.float(), target.float(), squared=self.distance == "l2"), where.float()
 
+    def points_of(self, tokens: Tokens) -> Tensor:
+        """(B, G, S, 3) xyz in the cloud: relative to the centre, plus the centre."""
+        return tokens.content[..., :3].float() + tokens.coords.float()[:, :, None]
+
     def picture(self, tokens: Tokens) -> Tensor:
         """(B, 160, 160, 3) the points seen from the side and slightly from above, z upwards, near ones darker."""
         size, turn, tilt = 160, 0.6, 0.35
         centres = tokens.coords.float()
         low, high = centres.amin(dim=1, keepdim=True), centres.amax(dim=1, keepdim=True)
-        points = (tokens.content[..., :3].float() + centres[:, :, None]).flatten(1, 2)
         # The frame is that of the centres, so pictures of the same cloud with other contents agree.
-        points = (points - (low + high) / 2) / positive((high - low).norm(dim=-1, keepdim=True) * 0.6)
+        points = (self.points_of(tokens).flatten(1, 2) - (low + high) / 2) / positive(
+            (high - low).norm(dim=-1, keepdim=True) * 0.6
+        )
         x, y, z = points.unbind(dim=-1)
         right, depth = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
         up, depth = z * np.cos(tilt) + depth * np.sin(tilt), depth * np.cos(tilt) - z * np.sin(tilt)
@@ -260,6 +294,14 @@ class PointCloud(Modality):
             pixel = (row + down).clamp(0, size - 1) * size + (column + across).clamp(0, size - 1)
             image = image.scatter_reduce(1, pixel, shade, reduce="amin")
         return image.unflatten(1, (size, size))[..., None] ** torch.tensor([1.0, 0.7, 0.45], device=image.device)
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """Clouds in the units that the model reads, after ``normalize``; what groups share is in each of them."""
+        number = torch.arange(tokens.valid.shape[1], device=tokens.valid.device)[:, None].expand(-1, self.group_size)
+        return [
+            Points(points[valid].flatten(0, 1).numpy(force=True), number[valid].flatten().numpy(force=True))
+            for points, valid in zip(self.points_of(tokens), tokens.valid, strict=True)
+        ]
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, drop points, turn, scale, add noise and shift; left-out points are marked in the attention mask.

@@ -7,9 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmssl.drawings import Drawing, Spectrogram
 from mmssl.modalities.base import ORDERS, Batch, Modality, View, bin_of, block_order, reversed_rows, segment_orders
 from mmssl.positions import SinCosPositions
 from mmssl.samples import file_of, number_array
@@ -304,6 +306,27 @@ class Speech(Modality):
         """Spectrograms in grey, time to the right, low frequencies below; black and white are 3 deviations away."""
         shades = (tokens.content.float() / 6 + 0.5).clamp(0, 1).masked_fill(~tokens.valid[..., None], torch.nan)
         return shades.transpose(1, 2).flip(1)[..., None].expand(-1, -1, -1, 3)
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """Spectrograms in deviations from the mean of each mel channel of the clip; its loudness is not in tokens."""
+        from transformers.audio_utils import hertz_to_mel, mel_to_hertz
+
+        # A filter is a triangle from the middle of the one below to the middle of the one above.
+        corners = np.linspace(0.0, hertz_to_mel(self.sampling_rate / 2, "htk"), self.num_mels + 2)
+        frequencies = np.asarray(mel_to_hertz(corners[1:-1], "htk"))
+        hop = self.hop_length / self.sampling_rate
+        return [
+            Spectrogram(content[valid].T.float().numpy(force=True), hop, frequencies)
+            for content, valid in zip(tokens.content, tokens.valid, strict=True)
+        ]
+
+    def sounds(self, batch: Batch) -> list[tuple[np.ndarray, int]]:
+        """Waveforms as they are read; one that goes beyond -1 or 1, as ``rms_level`` may make it, is made quieter."""
+        waves = [
+            wave[attention.bool()].float().numpy(force=True)
+            for wave, attention in zip(batch["input_values"], batch["attention_mask"], strict=True)
+        ]
+        return [(wave / max(1.0, np.abs(wave).max()), self.sampling_rate) for wave in waves]
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, change the speed and the loudness, and add noise, on the whole batch at once."""

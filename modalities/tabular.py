@@ -10,10 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmssl.drawings import Cells, Drawing
 from mmssl.modalities.base import Batch, Modality, View, nearest
 from mmssl.positions import IndexPositions, SinCosPositions
 from mmssl.samples import Samples
-from mmssl.table_columns import EXACT, Category, columns_of, examine, is_main_process, print_columns, reader_of, tells
+from mmssl.table_columns import (
+    EXACT,
+    Category,
+    Number,
+    columns_of,
+    examine,
+    is_main_process,
+    print_columns,
+    reader_of,
+    tells,
+)
 from mmssl.tokens import Mask, Tokens
 
 
@@ -319,6 +330,43 @@ class Tabular(Modality):
         categorical = self.laid_out(self.column(tokens))[0][..., None]
         colour = torch.where(categorical, 0.5 + 0.4 * hue.cos(), grey.clamp(0, 1)[..., None])
         return torch.where(known[..., None] > 0.5, colour, torch.nan)[:, None]
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """Rows in their own units: numbers, times as seconds since 1970, categories by name; or "missing".
+
+        A number that was cut off, at ``clip`` or at the ends of the quantiles, stays cut off. "unseen" is a category
+        that was not in the training samples, "bucket 3" any that is hashed there.
+        """
+        records = list(zip(self.readers, self.schema or (), strict=True))
+        return [
+            Cells(
+                [reader.name for reader in self.readers],
+                [
+                    as_text(*record, value, known)
+                    for record, (value, known) in zip(records, row[self.first :], strict=True)
+                ],
+            )
+            for row in tokens.content.tolist()
+        ]
+
+
+def as_text(reader: Number | Category, record: dict[str, Any], value: float, known: float) -> str:
+    """One cell in the words and units of its column: what its reader was given, as far as the content tells."""
+    if math.isnan(known) or math.isnan(value):
+        return ""
+    if known < 0.5:
+        return "missing"
+    if isinstance(reader, Category):
+        code = min(round(value), reader.outputs)
+        if code < 1:
+            return "unseen"
+        return f"bucket {code}" if reader.buckets is not None else str(record["categories"][code - 1])
+    if reader.knots:
+        number, unit = float(np.interp(value, reader.scores, reader.knots)), reader.knots[-1] - reader.knots[0]
+    else:
+        number, unit = reader.shift + reader.scale * value, reader.scale
+    # As many digits as single precision keeps of a scaled number; plus zero, so that none is -0.
+    return f"{round(number, 5 - math.floor(math.log10(unit or 1.0))) + 0.0:.15g}"
 
 
 def corruption(column: Tensor, valid: Tensor, ratio: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

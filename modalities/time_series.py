@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmssl.drawings import Drawing, Lines
 from mmssl.modalities.base import ORDERS, Batch, Modality, View, bin_of, block_order, reversed_rows, segment_orders
 from mmssl.motifs import STATISTICS, discover_motifs, interval_statistics, match_motifs
 from mmssl.positions import SinCosPositions
@@ -471,20 +472,64 @@ class TimeSeries(Modality):
 
     def picture(self, tokens: Tokens) -> Tensor:
         """Lines, time to the right, 4 deviations up and down, channels one below the other; or the numbers in grey."""
-        value, known = tokens.content.float().unbind(dim=2)
-        value = value.masked_fill(~(known > 0.5) | ~tokens.valid[..., None], torch.nan)
         if self.token_style == "values_and_shapes":
-            return (value / 6 + 0.5).clamp(0, 1)[..., None].expand(-1, -1, -1, 3)
-        stride = self.stride or self.patch_length
-        lane = tokens.coords[..., 0].long() if self.axes == 2 else torch.zeros_like(tokens.valid, dtype=torch.long)
-        step = tokens.coords[..., -1:].long() * stride + torch.arange(self.patch_length, device=value.device)
+            return (self.numbers(tokens) / 6 + 0.5).clamp(0, 1)[..., None].expand(-1, -1, -1, 3)
+        return draw_lines(0.5 - self.lines(tokens) / 8)
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """A line for each channel, of the steps that are in patches: what is left over in front is in no token.
+
+        In the units of the series without ``instance_norm``; else in deviations from the mean of the series, which is
+        not in tokens. Intervals are straight lines of their mean and slope; where motifs fit is not drawn.
+        """
+        lines, steps = self.lines(tokens), self.steps(tokens).masked_fill(~tokens.valid[..., None], -1).amax(dim=(1, 2))
+        sample = torch.arange(len(lines), device=lines.device) if tokens.sample is None else tokens.sample
+        drawn: list[Drawing] = []
+        for number in sample.unique():
+            own = sample == number
+            line = lines[own].flatten(0, 1)[:, : int(steps[own].max()) + 1]
+            if not self.instance_norm:
+                mean, std = self.unit(line.T)
+                line = (line.T * std + mean).T
+            named = self.channel_column is None and len(self.value_columns) == len(line)
+            names = list(self.value_columns) if named else [f"channel {channel}" for channel in range(len(line))]
+            drawn.append(Lines(line.numpy(force=True), names))
+        return drawn
+
+    def numbers(self, tokens: Tokens) -> Tensor:
+        """(rows, N, V) what tokens hold, NaN where they are unknown, hidden or padding."""
+        value, known = tokens.content.float().unbind(dim=2)
+        return value.masked_fill(~(known > 0.5) | ~tokens.valid[..., None], torch.nan)
+
+    def kind_and_lane(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """(rows, N) long: 1 for motifs, 0 for others; and the channel, of those in the row."""
+        first = tokens.coords[..., 0].long() if self.axes == 2 else torch.zeros_like(tokens.valid, dtype=torch.long)
+        kinds = 2 if self.token_style == "values_and_shapes" else 1
+        return first % kinds, first // kinds
+
+    def steps(self, tokens: Tokens) -> Tensor:
+        """(rows, N, P) long, the steps of a patch or interval, from 0 for the first that is in one; of motifs -1."""
+        kind, _ = self.kind_and_lane(tokens)
+        step = torch.arange(self.patch_length, device=tokens.coords.device)
+        step = tokens.coords[..., -1:].long() * (self.stride or self.patch_length) + step
+        return step.masked_fill(kind[..., None] == 1, -1)
+
+    def lines(self, tokens: Tokens) -> Tensor:
+        """(rows, channels of a row, steps) what tokens say of each step, NaN where they say nothing.
+
+        Where they overlap, it is the mean.
+        """
+        value, step, (_, lane) = self.numbers(tokens), self.steps(tokens), self.kind_and_lane(tokens)
+        if self.token_style == "values_and_shapes":
+            time = (torch.arange(self.patch_length, device=value.device) + 0.5) / self.patch_length - 0.5
+            value = value[..., :1] + value[..., STATISTICS - 1 : STATISTICS].nan_to_num(0.0) * time
+        # Motifs say nothing of a step: the statistics of an interval, which lie at the front, are unknown in them.
         lanes, steps = int(lane.max()) + 1, int(step.max()) + 1
-        index = (lane[..., None] * steps + step).flatten(1)
+        index = (lane[..., None] * steps + step.clamp(min=0)).flatten(1)
         total, count = value.new_zeros(2, len(value), lanes * steps)
         total = total.scatter_add(1, index, value.nan_to_num(0.0).flatten(1))
         count = count.scatter_add(1, index, (~value.isnan()).float().flatten(1))
-        line = (total / count).unflatten(1, (lanes, steps))  # NaN where nothing is known
-        return draw_lines(0.5 - line / 8)
+        return (total / count).unflatten(1, (lanes, steps))
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, change the speed, set frequencies to zero, scale and add noise; missing steps stay missing."""

@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from mmssl.drawings import Drawing, Frames
 from mmssl.modalities.base import ORDERS, Batch, Modality, View, bin_of, block_order, rectangle, segment_orders
 from mmssl.pixels import (
     beside,
@@ -34,6 +35,7 @@ from mmssl.video_files import VIDEO_ENDINGS, frame_files, index_frames, read_col
 
 MOST_RAW_FEATURES = 32_768
 SPEEDS = (1, 2, 4)  # frames from one frame to the next
+SHOWN_RATE = 8.0  # frames in a second of a clip whose own rate nobody knows
 
 
 class Video(Modality):
@@ -369,8 +371,8 @@ class Video(Modality):
         pixels = prediction.unflatten(-1, (-1, self.num_channels)) * (std + 1e-6) + mean
         return ((pixels - beside(self.image_mean, pixels, axes=0)) / beside(self.image_std, pixels, axes=0)).flatten(2)
 
-    def picture(self, tokens: Tokens) -> Tensor:
-        """Up to four frames of a clip, evenly spaced: side by side, or four in two rows."""
+    def frames(self, tokens: Tokens) -> Tensor:
+        """(B, T, H, W, 3) pixels from 0 to 1: the first three channels, or the first one as grey."""
         (slices, rows, _), (height, width) = self.grid(tokens), self.patch_size
         pixels = rearrange(
             self.channels_of(tokens.content),
@@ -381,11 +383,18 @@ class Video(Modality):
             p=height,
             q=width,
         )
+        return pixels[..., : 3 if self.num_channels >= 3 else 1].clamp(0, 1).expand(-1, -1, -1, -1, 3)
+
+    def picture(self, tokens: Tokens) -> Tensor:
+        """Up to four frames of a clip, evenly spaced: side by side, or four in two rows."""
+        slices = self.grid(tokens)[0]
         shown = min(slices, 4)
         index = torch.linspace(0, slices - 1, shown).round().long() * self.tubelet_size
-        pixels = pixels[:, index, ..., : 3 if self.num_channels >= 3 else 1].clamp(0, 1)
-        strip = rearrange(pixels, "b (s t) h w c -> b (s h) (t w) c", s=2 if shown == 4 else 1)
-        return strip.expand(-1, -1, -1, 3)
+        return rearrange(self.frames(tokens)[:, index], "b (s t) h w c -> b (s h) (t w) c", s=2 if shown == 4 else 1)
+
+    def drawings(self, tokens: Tokens) -> list[Drawing]:
+        """All frames of a clip, at ``frame_rate``; without one, 8 in a second, whatever the stride."""
+        return [Frames(clip, self.frame_rate or SHOWN_RATE) for clip in self.frames(tokens).numpy(force=True)]
 
     def view(self, batch: Batch, generator: torch.Generator) -> View:
         """Crop, mirror and change colours with kornia, on the whole batch at once, all frames of a clip alike."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PILImage
+from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -633,3 +634,85 @@ def test_longest_side_of_a_block_is_a_share_of_the_grid(max_block: float, longes
     tokens = modality.tokenize({"pixel_values": torch.zeros(300, 3, 32, 64)})
     first = (modality.hiding_order(tokens, key(0), "block").floor() == 0).view(-1, 8, 16)
     assert (first.any(dim=2).sum(dim=1).max(), first.any(dim=1).sum(dim=1).max()) == longest
+
+
+# Labels of pixels, and features at pixels.
+
+
+@pytest.mark.parametrize(("size", "patch"), [((8, 12), 4), ((6, 4), (3, 2)), ((4, 4), 4)])
+def test_features_are_spread_by_bilinear_interpolation(size: tuple[int, int], patch: Any) -> None:
+    """Against scipy, between the centres of the patches; beyond the outermost ones nothing changes."""
+    images = make(size, patch)
+    batch = images.collate([images.prepare(noise(*size, 3, seed=seed)) for seed in range(2)])
+    tokens = images.tokenize(batch)
+    features = torch.randn(2, tokens.content.shape[1], 5, generator=key(0))
+    grid = [np.arange(side // edge) * edge + (edge - 1) / 2 for side, edge in zip(size, images.patch_size, strict=True)]
+    for number, found in enumerate(images.spread(features, tokens, batch)):
+        values = features[number].reshape(len(grid[0]), len(grid[1]), 5).numpy()
+        clamped = [np.clip(np.arange(side), centres[0], centres[-1]) for side, centres in zip(size, grid, strict=True)]
+        axes = [centres if len(centres) > 1 else np.append(centres, centres + 1) for centres in grid]
+        for axis in range(2):
+            if len(grid[axis]) == 1:
+                values = np.repeat(values, 2, axis=axis)
+        expected = RegularGridInterpolator(axes, values)(np.stack(np.meshgrid(*clamped, indexing="ij"), axis=-1))
+        assert found.shape == (*size, 5)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_the_token_of_greatest_share_is_the_pixels_own() -> None:
+    images = make((8, 12), 4)
+    batch = images.collate([images.prepare(noise(8, 12, 3))])
+    tokens = images.tokenize(batch)
+    (shares,) = images.spread(torch.eye(6)[None], tokens, batch)
+    own = [[3 * (y // 4) + x // 4 for x in range(12)] for y in range(8)]
+    assert shares.argmax(dim=-1).tolist() == own
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(8, 12))
+
+
+def test_elements_are_pixels() -> None:
+    images = plain(8, 4)
+    array = noise(8, 8, 3)
+    (found,) = images.elements(images.collate([images.prepare(array)]))
+    np.testing.assert_allclose(found, array / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["array", "file"])
+@pytest.mark.parametrize("size", [(8, 12), (16, 24), (40, 24), (24, 41)])
+def test_labels_are_resized_and_cut_as_the_image_is(size: tuple[int, int], form: str) -> None:
+    """A picture that shows its labels, in large areas: away from their borders it still does."""
+    labels = np.zeros(size, dtype=np.int64)
+    labels[2 * size[0] // 5 :, : size[1] // 2] = 1
+    labels[: size[0] // 2, size[1] // 2 + 1 :] = 2
+    grey = (labels * 100).astype(np.uint8)
+    images = plain((8, 12), 4, num_channels=1)
+    prepared = images.labelled(grey if form == "array" else bytes_of(PILImage.fromarray(grey)), labels)
+    found = prepared["labels"]
+    assert found.shape == (8, 12) and found.dtype == torch.long and set(found.unique().tolist()) == {0, 1, 2}
+    shown = prepared["pixel_values"][0] * 2.55
+    inside = torch.ones(8, 12, dtype=torch.bool)  # all neighbours have the same label
+    for y, x in itertools.product(range(8), range(12)):
+        around = found[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+        inside[y, x] = bool((around == found[y, x]).all())
+    assert inside.sum() > 30
+    assert (shown - found)[inside].abs().max() < 0.25
+    if size == (8, 12):
+        assert found.tolist() == labels.tolist()
+    if size == (16, 24):  # of an even number of pixels the one behind the middle
+        assert found.tolist() == labels[1::2, 1::2].tolist()
+
+
+def test_labels_of_a_picture_that_is_turned_by_its_record() -> None:
+    """The size that counts is that of the picture as it is seen."""
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    file = bytes_of(PILImage.fromarray(noise(8, 12)), exif=exif)
+    images = plain((12, 8), 4, num_channels=1)
+    assert images.labelled(file, np.zeros((12, 8)))["labels"].shape == (12, 8)
+    with pytest.raises(ValueError, match=r"an image of 12x8 pixels and labels of shape \(8, 12\)"):
+        images.labelled(file, np.zeros((8, 12)))
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (8,), (4, 4), (8, 9)])
+def test_labels_that_are_not_of_the_pixels(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="an image of 8x8 pixels and labels of shape"):
+        make().labelled(noise(8, 8, 3), np.zeros(shape, dtype=np.int64))

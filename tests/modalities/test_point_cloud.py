@@ -777,3 +777,73 @@ def test_reconstructions_are_drawn(tmp_path: Path) -> None:
     module = objective({"num_channels": 2})
     path = draw_reconstructions(module, small_batch(modality(num_channels=2), 2), tmp_path / "groups.png")
     assert path.stat().st_size > 1000
+
+
+# Labels of points, and features at points.
+
+
+def test_features_are_spread_by_the_three_nearest_centres() -> None:
+    """Against a loop over the points, whatever the size of the cloud; the order is that of the points."""
+    clouds = modality(normalize=False)
+    batch = batch_of(clouds, cloud(64, seed=0) * 1e-3, cloud(40, seed=1))
+    tokens = clouds.tokenize(batch)
+    features = torch.randn(2, 10, 5, generator=keyed())
+    found = clouds.spread(features, tokens, batch)
+    assert [len(each) for each in found] == [64, 40]
+    for number, count in enumerate((64, 40)):
+        centres, own = tokens.coords[number].double(), features[number].double()
+        for point in range(count):
+            distance = (batch["points"][number, point].double() - centres).square().sum(dim=1)
+            near = distance.argsort()[:3]
+            if distance[near[0]] == 0:
+                expected = own[near[0]]
+            else:
+                weight = 1 / distance[near]
+                expected = (own[near] * weight[:, None]).sum(dim=0) / weight.sum()
+            torch.testing.assert_close(found[number][point].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_features_at_a_centre_are_those_of_its_group() -> None:
+    """Also where centres coincide, and where there are fewer than three of them."""
+    for groups in (1, 2, 10):
+        clouds = modality(num_groups=groups, normalize=False)
+        points = np.repeat(cloud(8), 8, axis=0)  # eight places, of eight points each
+        batch = batch_of(clouds, points)
+        tokens = clouds.tokenize(batch)
+        (found,) = clouds.spread(tokens.coords, tokens, batch)
+        assert found.isfinite().all() and found.shape == (64, 3)
+        at_centre = (tokens.coords[0][None] == batch["points"][0][:, None]).all(dim=-1).any(dim=1)
+        assert at_centre.sum() == 8 * min(groups, 8)
+        torch.testing.assert_close(found[at_centre], batch["points"][0][at_centre])
+
+
+def test_elements_are_points_without_padding() -> None:
+    clouds = modality(num_channels=2)
+    batch = batch_of(clouds, cloud(64, 2), cloud(30, 2))
+    first, second = clouds.elements(batch)
+    assert torch.equal(first, batch["points"][0]) and torch.equal(second, batch["points"][1, :30])
+
+
+@pytest.mark.parametrize("style", ["random", "block"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_labels_go_with_their_points(style: str, normalize: bool) -> None:
+    """A channel says what the label of each point is."""
+    clouds = modality(num_channels=1, excerpt_style=style, normalize=normalize)
+    points = cloud(200, 1)
+    labels = np.random.default_rng(1).integers(-1, 5, 200)
+    points[:, 3] = labels
+    whole = clouds.labelled(points, labels)
+    for generator in (None, keyed(1)):
+        part = clouds.excerpt(whole, generator)
+        assert len(part["points"]) == len(part["labels"]) == 64
+        np.testing.assert_array_equal(part["points"][:, 3], part["labels"])
+    assert len(whole["labels"]) == 200 and part["labels"].dtype == torch.long
+    plain = clouds.excerpt(clouds.prepare(points), keyed(1))
+    assert torch.equal(plain["points"], part["points"]) and set(plain) == {"points"}
+    assert set(clouds.collate([part])) == set(clouds.inputs)
+
+
+@pytest.mark.parametrize("shape", [(63,), (64, 1), (8, 8), ()])
+def test_labels_that_are_not_of_the_points(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="found 64 points and labels of shape"):
+        modality().labelled(cloud(64), np.zeros(shape, dtype=np.int64))
