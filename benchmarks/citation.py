@@ -23,6 +23,7 @@ from torch_geometric.utils import add_self_loops, degree, scatter
 from mmssl.cli import pretrain_parser, with_source
 from mmssl.data import PreparedSamples, load_samples
 from mmssl.evaluation import PROTOCOLS, Score, evaluate, print_scores
+from mmssl.probes import Task
 from mmssl.training import pretrain
 
 NODE_PROTOCOLS = ["planetoid", "planetoid_normalized"]
@@ -58,7 +59,7 @@ def main() -> None:
             values = []
             for embedding in found:
                 train_part, test_part, validation = ((embedding.numpy()[part], labels[part]) for part in parts)
-                values.append(PROTOCOLS[protocol](*train_part, *test_part, validation=validation))
+                values.append(float(PROTOCOLS[protocol](Task(*train_part, *test_part, validation))["accuracy"].mean()))
             scores.append(Score(protocol, row, values, int(parts[0].sum()), int(parts[1].sum())))
     print_scores(scores, title=config.name)
     append(scores, runs, "graph", config.name, Path(str(config.config[0])).stem)

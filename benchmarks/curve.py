@@ -22,7 +22,7 @@ from mmssl.data import DataArguments, PreparedSamples
 from mmssl.evaluation.evaluate import fresh
 from mmssl.evaluation.features import extract, pooled
 from mmssl.evaluation.splits import check_labels, labelled_pair
-from mmssl.probes import PROTOCOLS
+from mmssl.probes import PROTOCOLS, Task
 from mmssl.training import load_objective
 from mmssl.training.checkpoint import step_folders
 
@@ -57,7 +57,8 @@ def main() -> None:
             (features,) = extract(PreparedSamples(fit, modality), [pooled(model)], "cpu")
             (test_features,) = extract(PreparedSamples(test, modality), [pooled(model)], "cpu")
             for protocol in config.protocol:
-                score = PROTOCOLS[protocol](features, labels, test_features, test_labels)
+                task = Task(features, labels, test_features, test_labels)
+                score = float(next(iter(PROTOCOLS[protocol](task).values())).mean())
                 found[protocol].setdefault(step, []).append(score)
                 print(run.name, step, protocol, round(score, 4), flush=True)
     for protocol, by_step in found.items():

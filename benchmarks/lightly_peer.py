@@ -33,7 +33,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from mmssl.data import DataArguments, PreparedSamples, load_samples
-from mmssl.evaluation import PROTOCOLS
 from mmssl.modalities.base import Batch
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
@@ -42,6 +41,7 @@ from mmssl.objectives.base import Objective, ObjectiveOutput, represent, views_o
 from mmssl.objectives.contrastive import Contrastive
 from mmssl.objectives.self_distillation import SelfDistillation
 from mmssl.objectives.vicreg import VICReg
+from mmssl.probes import PROTOCOLS, Task
 
 WIDTH, HIDDEN, OUT, KEYS, PROTOTYPES, MOMENTUM = 96, 512, 128, 1024, 1024, (0.99, 1.0)
 VIEWS: dict[str, Any] = {"crop_scale": (0.4, 1.0), "horizontal_flip": 0.5, "color_jitter": 0.4}
@@ -137,7 +137,8 @@ def main(
             ratios.append(ratio)
             for side, model in zip(scores, models, strict=True):
                 features = [embed(model, images) for images, _ in (train, test)]
-                scores[side].append(PROTOCOLS["linear"](features[0], train[1], features[1], test[1], None))
+                (points,) = PROTOCOLS["linear"](Task(features[0], train[1], features[1], test[1])).values()
+                scores[side].append(float(points.mean()))
         mean = {side: f"{np.mean(found):.3f} ± {np.std(found, ddof=1):.3f}" for side, found in scores.items()}
         faster = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         table.add_row(name, f"{different:.1e} apart", faster, mean["ours"], mean["lightly"])

@@ -11,14 +11,14 @@ The flags are those of ``mmssl pretrain``; ``--help`` lists them.
 from pathlib import Path
 
 from mmssl.cli import clear_errors, parse_pretrain
-from mmssl.evaluation import report
+from mmssl.evaluation import closing_words
 from mmssl.training import load_objective, pretrain
 
 
 def main() -> None:
     arguments = parse_pretrain(recipe=Path(__file__).parent / "recipes" / "graphmae_digits.yaml")
     run = pretrain(**arguments)
-    report(run, load_objective(run), arguments["data"])
+    closing_words(run, load_objective(run), arguments["data"])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ``mmssl`` command: pretrain, evaluate, finetune, forecast, embed, list."""
+"""The ``mmssl`` command: pretrain, evaluate, finetune, forecast, cka, embed, report, list."""
 
 import json
 import sys
@@ -7,11 +7,13 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser
 
 from mmssl.discovery import find_all
+
+SEEDS = "Folders or Hub names; several are seeds of one recipe."
 
 
 def pretrain_parser() -> ArgumentParser:
@@ -50,56 +52,92 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     """Probe checkpoints beside raw features and untrained encoders."""
     from mmssl.data import DataArguments
     from mmssl.evaluation import DEFAULT_PROTOCOLS, PROTOCOLS, evaluate, print_scores
+    from mmssl.evaluation.dense import DENSE_PROTOCOLS
     from mmssl.evaluation.features import Pooling
+    from mmssl.evaluation.tables import checked, write_scores
 
     parser = ArgumentParser(prog="mmssl evaluate", description=evaluate_command.__doc__)
     parser.add_argument(
         "checkpoint",
         nargs="+",
-        help="Folders or Hub names; several are seeds of one recipe: mean and spread are shown.",
+        help="Folders or Hub names. Seeds of one recipe make one row, other recipes rows of their own.",
     )
     parser.add_class_arguments(DataArguments, "data")
     parser.add_class_arguments(DataArguments, "test")
     parser.add_argument(
-        "--protocol", nargs="+", default=list(DEFAULT_PROTOCOLS), help=f"Some of {', '.join(PROTOCOLS)}."
+        "--protocol",
+        nargs="+",
+        default=list(DEFAULT_PROTOCOLS),
+        help=f"Some of {', '.join(PROTOCOLS)}; where pixels or points have labels, of {', '.join(DENSE_PROTOCOLS)}.",
     )
     parser.add_argument("--pooling", type=Pooling, default="mean", help="From tokens to samples.")
+    parser.add_argument("--layers", type=list[int] | None, default=None, help="Blocks that dense_* read. None: four.")
     parser.add_argument("--modality", default=None, help="Which modality, of a model that has several.")
-    parser.add_argument("--output", default=None, help="JSON file to write the scores to.")
+    parser.add_argument("--output", nargs="+", default=[], help="Files to write the table to: .json, .md or .tex.")
     config = parser.instantiate(parser.parse_args(with_source(arguments)))
-    scores = evaluate(config.checkpoint, config.data, config.test, config.protocol, config.modality, config.pooling)
+    outputs = [checked(path) for path in config.output]
+    choices = (config.protocol, config.modality, config.pooling, config.layers)
+    scores = evaluate(config.checkpoint, config.data, config.test, *choices)
     print_scores(scores, title=" ".join(config.checkpoint))
-    if config.output:
-        Path(config.output).write_text(json.dumps([asdict(score) for score in scores], indent=2))
+    for path in outputs:
+        write_scores(scores, path)
 
 
 def finetune_command(arguments: Sequence[str]) -> None:
     """Train a pretrained encoder and a head on labels, beside an untrained encoder."""
     from mmssl.evaluation import print_scores
     from mmssl.evaluation.finetuning import finetune
+    from mmssl.evaluation.tables import checked, write_scores
 
-    measure("finetune", finetune_command.__doc__, finetune, print_scores, arguments)
+    parser = ArgumentParser(prog="mmssl finetune", description=finetune_command.__doc__)
+    parser.add_argument("checkpoints", nargs="+", help=SEEDS)
+    parser.add_function_arguments(finetune, skip={"checkpoints"})
+    parser.add_argument("--output", nargs="+", default=[], help="Files to write the table to: .json, .md or .tex.")
+    config = vars(parser.instantiate(parser.parse_args(with_source(arguments))))
+    outputs = [checked(path) for path in config.pop("output")]
+    scores = finetune(**config)
+    print_scores(scores, title=" ".join(config["checkpoints"]))
+    for path in outputs:
+        write_scores(scores, path)
 
 
 def forecast_command(arguments: Sequence[str]) -> None:
     """Forecast a long series with a pretrained encoder, beside its raw windows and untrained encoders."""
     from mmssl.evaluation.forecasting import forecast, print_forecasts
 
-    measure("forecast", forecast_command.__doc__, forecast, print_forecasts, arguments)
-
-
-def measure(name: str, description: str | None, function: Callable, show: Callable, arguments: Sequence[str]) -> None:
-    """Call a function of checkpoints with flags for the rest of its arguments, and show and write what it returns."""
-    parser = ArgumentParser(prog=f"mmssl {name}", description=description)
-    parser.add_argument("checkpoints", nargs="+", help="Folders or Hub names; several are seeds of one recipe.")
-    parser.add_function_arguments(function, skip={"checkpoints"})
+    parser = ArgumentParser(prog="mmssl forecast", description=forecast_command.__doc__)
+    parser.add_argument("checkpoints", nargs="+", help=SEEDS)
+    parser.add_function_arguments(forecast, skip={"checkpoints"})
     parser.add_argument("--output", default=None, help="JSON file to write the result to.")
     config = vars(parser.instantiate(parser.parse_args(with_source(arguments))))
     output = config.pop("output")
-    found = function(**config)
-    show(found, title=" ".join(config["checkpoints"]))
+    found = forecast(**config)
+    print_forecasts(found, title=" ".join(config["checkpoints"]))
     if output:
         Path(output).write_text(json.dumps([asdict(each) for each in found], indent=2))
+
+
+def cka_command(arguments: Sequence[str]) -> None:
+    """Compare the layers of one or two encoders on the same samples, by linear CKA."""
+    from mmssl.evaluation.cka import checked, layer_cka, print_cka, write_cka
+
+    parser = ArgumentParser(prog="mmssl cka", description=cka_command.__doc__)
+    parser.add_argument("checkpoint", help="Folder or Hub name: the rows.")
+    parser.add_argument(
+        "other",
+        nargs="?",
+        default=None,
+        help='The columns: another one; "untrained", the same architecture with start values; or the same one.',
+    )
+    parser.add_function_arguments(layer_cka, skip={"checkpoint", "other"})
+    parser.add_argument("--output", nargs="+", default=[], help="Files to write: .png, .pdf, .svg or .json.")
+    config = vars(parser.instantiate(parser.parse_args(with_source(arguments))))
+    outputs = [checked(path) for path in config.pop("output")]
+    names = config["checkpoint"], config["other"] or config["checkpoint"]
+    found = layer_cka(**config)
+    print_cka(found, *names)
+    for path in outputs:
+        write_cka(found, *names, path)
 
 
 def embed_command(arguments: Sequence[str]) -> None:
@@ -107,9 +145,33 @@ def embed_command(arguments: Sequence[str]) -> None:
     from mmssl.evaluation import embed
 
     parser = ArgumentParser(prog="mmssl embed", description=embed_command.__doc__)
-    parser.add_function_arguments(embed, as_positional=True)
+    parser.add_function_arguments(embed, as_positional=True, skip={"layers"})
+    parser.add_argument(
+        "--layers",
+        nargs="+",
+        type=int | Literal["all"],
+        default=[],
+        help="Hidden layers in place of the output, such as 4 8, or all: 0 is what goes into the first block.",
+    )
     path = embed(**vars(parser.instantiate(parser.parse_args(with_source(arguments)))))
     print(f"The embeddings are in {path}")
+
+
+def report_command(arguments: Sequence[str]) -> None:
+    """Write a page of a finished run: curves, samples, embeddings, attention."""
+    from mmssl.data import DataArguments
+    from mmssl.evaluation.report import write_report
+    from mmssl.training import load_objective
+
+    parser = ArgumentParser(prog="mmssl report", description=report_command.__doc__)
+    parser.add_argument("run", help="Folder of a finished run.")
+    parser.add_class_arguments(DataArguments, "data")
+    parser.add_argument("--max_samples", type=int, default=1000, help="How many samples are embedded for the map.")
+    parser.add_argument("--output", default=None, help="File to write. None: report.html in the folder of the run.")
+    config = parser.instantiate(parser.parse_args(with_source(arguments)))
+    data = config.data if config.data.source is not None else None
+    path = write_report(config.run, load_objective(config.run), data, config.max_samples, config.output)
+    print(f"The page is {path}, its pictures for papers are in {path.with_suffix('')}")
 
 
 def list_command(arguments: Sequence[str]) -> None:
@@ -119,6 +181,7 @@ def list_command(arguments: Sequence[str]) -> None:
 
     from mmssl.data.builtin import BUILTIN
     from mmssl.evaluation import PROTOCOLS
+    from mmssl.evaluation.dense import DENSE_PROTOCOLS
     from mmssl.modalities.base import Modality
     from mmssl.objectives.base import Objective
 
@@ -127,7 +190,7 @@ def list_command(arguments: Sequence[str]) -> None:
     kinds: dict[str, dict[str, Any]] = {
         "modality": find_all("modalities", Modality),
         "objective": find_all("objectives", Objective),
-        "protocol": dict(PROTOCOLS),
+        "protocol": PROTOCOLS | DENSE_PROTOCOLS,
         "data set": dict(BUILTIN),
     }
     for kind, members in kinds.items():
@@ -206,7 +269,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate_command,
     "finetune": finetune_command,
     "forecast": forecast_command,
+    "cka": cka_command,
     "embed": embed_command,
+    "report": report_command,
     "list": list_command,
 }
 

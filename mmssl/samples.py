@@ -19,6 +19,8 @@ class Samples:
         classes: name of each class.
         token_labels: (tokens,) int for each sample, -1 where a token has none, if labels are of tokens (nodes).
         token_splits: (tokens,) str for each sample, "train", "validation", "test" or "", where a split is published.
+        dense_labels: int for each element of each sample, if labels are of elements, -1 where one has none: (H, W) of
+            pixels, (points,) of points; may read from disk when indexed. 0 is the background, which is no object.
     """
 
     values: Sequence[Any]
@@ -27,6 +29,7 @@ class Samples:
     classes: Sequence[str] = ()
     token_labels: Sequence[np.ndarray] | None = None
     token_splits: Sequence[np.ndarray] | None = None
+    dense_labels: Sequence[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -42,6 +45,7 @@ class Samples:
             classes=self.classes,
             token_labels=None if self.token_labels is None else [self.token_labels[i] for i in index],
             token_splits=None if self.token_splits is None else [self.token_splits[i] for i in index],
+            dense_labels=None if self.dense_labels is None else Selected(self.dense_labels, index),
         )
 
 

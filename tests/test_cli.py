@@ -193,7 +193,7 @@ def test_evaluate_prints_three_rows_and_writes_them(
     mmssl(monkeypatch, "evaluate", str(run_folder), "--data", "digits", "--protocol", "knn", "--output", str(output))
     printed = capsys.readouterr().out
     assert all(row in printed for row in ("raw features", "untrained encoder", "pretrained encoder"))
-    scores = {score["row"]: score for score in json.loads(output.read_text())}
+    scores = {score["row"]: score for score in json.loads(output.read_text())["scores"]}
     assert scores["raw"]["n_train"] == 1437 and scores["raw"]["n_test"] == 360
     assert scores["raw"]["values"][0] > 0.95  # nearest neighbours on the pixels of digits
     assert np.isfinite([value for score in scores.values() for value in score["values"]]).all()

@@ -47,6 +47,24 @@ def moving_digits(split: str) -> Samples:
     return Samples(clips, f"moving_digits {split}, clip {{}}".format, clips.labels, clips.classes)
 
 
+def digit_scenes(split: str) -> Samples:
+    """Pictures of 2 to 4 of scikit-learn's digits before photographs, each pixel labelled: see ``DigitScenes``."""
+    from mmssl.data.digit_scenes import CLASSES, DigitScenes
+
+    scenes = DigitScenes(checked(split, "digit_scenes"))
+    masks = DigitScenes(split, part="labels")
+    return Samples(scenes, f"digit_scenes {split}, picture {{}}".format, classes=CLASSES, dense_labels=masks)
+
+
+def shape_scenes(split: str) -> Samples:
+    """Clouds of 2 to 4 different shapes that stand apart on a floor, each point labelled: see ``ShapeScenes``."""
+    from mmssl.data.shape_scenes import CLASSES, ShapeScenes
+
+    scenes = ShapeScenes(checked(split, "shape_scenes"))
+    labels = ShapeScenes(split, part="labels")
+    return Samples(scenes, f"shape_scenes {split}, cloud {{}}".format, classes=CLASSES, dense_labels=labels)
+
+
 def arrow_head(split: str) -> Samples:
     """UCR's outlines of arrow heads, series of 251 steps, of three types: 36 in "train", 175 in "test" (from aeon)."""
     checked(split, "arrow_head")
@@ -123,6 +141,8 @@ BUILTIN: dict[str, Callable[[str], Samples]] = {
     "espeak_digits": espeak_digits,
     "shapes": shapes,
     "moving_digits": moving_digits,
+    "digit_scenes": digit_scenes,
+    "shape_scenes": shape_scenes,
     "arrow_head": arrow_head,
     "digits_graph": digits_graph,
     "digits_table": digits_table,

@@ -1,5 +1,6 @@
 """Where samples come from: a folder, parquet or .npz files, a data set on the Hub, or one that the packages bring."""
 
+import io
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image as PILImage
 
 from mmssl.data.builtin import BUILTIN
 from mmssl.modalities.base import Modality
-from mmssl.samples import Rows, Samples, Selected
+from mmssl.samples import Rows, Samples, Selected, file_of, number_array
 
 
 @dataclass
@@ -29,7 +31,8 @@ class DataArguments:
         label_column: column of a table that holds the labels, for probes and for objectives that need labels; no label
             is ever part of what the encoder reads. Text and integers are classes, floats are quantities to be
             regressed. None: "label" or "labels", if any. Of a .npz file, rows with a negative label are left out if the
-            column is named here: they are in no class.
+            column is named here: they are in no class. Cells of a column named here may also hold a label for each
+            element of a sample, an image of a mask or an array, for dense protocols.
         filter: keep only the rows of a table with "COLUMN=VALUE" or "COLUMN!=VALUE".
         max_samples: keep only the first so many. None: all.
         streaming: train on rows of parquet, CSV, .tar (WebDataset) or Hub shards as they are read, without a copy on
@@ -224,13 +227,63 @@ def from_table(arguments: DataArguments, modality: Modality, found: Table) -> Sa
     label_column = pick(table.column_names, arguments.label_column, usual, "label_column", optional=True)
     labels: np.ndarray | None = None
     classes: list[str] = []
-    if label_column is not None:
+    dense_labels: Masks | None = None
+    if label_column is not None and holds_many(table.features[label_column]):
+        if arguments.label_column is not None:  # "label" may be anything; labels are for probes only
+            dense_labels = Masks(table[label_column], partial(row_name, str(arguments.source), rows))
+    elif label_column is not None:
         labels, classes = labels_of(table, label_column, arguments, rows)
     values: Any = table[column] if column is not None else None
     if column is None:
         frame = table.to_pandas()
         values = Rows({name: frame[name].to_numpy() for name in table.column_names if name != label_column})
-    return Samples(values=values, name=partial(row_name, str(arguments.source), rows), labels=labels, classes=classes)
+    name = partial(row_name, str(arguments.source), rows)
+    return Samples(values=values, name=name, labels=labels, classes=classes, dense_labels=dense_labels)
+
+
+def holds_many(feature: Any) -> bool:
+    """Whether cells of a column hold more than one value: files such as the image of a mask, or arrays."""
+    return (
+        isinstance(feature, dict)
+        or getattr(feature, "dtype", None) in ("binary", "large_binary")
+        or (not hasattr(feature, "dtype") or hasattr(feature, "decode") or hasattr(feature, "shape"))
+    )
+
+
+@dataclass
+class Masks(Sequence):
+    """Cells that hold a label for each element of a sample, read when they are indexed.
+
+    Attributes:
+        cells: arrays, or files of images, as bytes, paths or records, whose pixels are the labels.
+        name: how an error names a cell.
+    """
+
+    cells: Sequence[Any]
+    name: Callable[[int], str]
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __getitem__(self, i):
+        try:
+            return mask_of(self.cells[i])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"data.label_column: {self.name(i)}: {error}") from error
+
+
+def mask_of(cell: Any) -> np.ndarray:
+    """The labels in a cell, int64; of 8 bits, which have no -1, 255 stands for none, as in PASCAL VOC."""
+    if isinstance(cell, dict):
+        cell = file_of(cell)
+    if isinstance(cell, bytes | str):
+        with PILImage.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as image:
+            cell = np.asarray(image)  # of a palette, the numbers of its colours
+    labels = number_array(cell)
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"found labels of type {labels.dtype}; expected integers, one for each pixel or point")
+    none = labels == 255 if labels.dtype == np.uint8 else labels < 0
+    return np.where(none, -1, labels.astype(np.int64))
 
 
 def labels_of(table, column: str, arguments: DataArguments, rows: np.ndarray) -> tuple[np.ndarray | None, list[str]]:
@@ -304,6 +357,14 @@ def from_arrays(arguments: DataArguments, modality: Modality, path: Path) -> Sam
         if label_column is not None and arguments.label_column is None:
             found = array_of(archive, label_column)  # "label" may be anything; labels are for probes only
             label_column = label_column if found.shape == rows.shape and found.dtype.kind in "biuU" else None
+        dense: Any = None
+        if label_column is not None and (found := array_of(archive, label_column)).ndim > 1:
+            if len(found) != len(values):
+                raise ValueError(
+                    f"data.label_column: the array {label_column} of {path} has {len(found):,} rows; expected one for "
+                    f"each of the {len(values):,} samples"
+                )
+            dense, label_column = found, None
         if label_column is not None:
             entries = entries_of(archive, label_column, len(values), "label_column")
             texts = [str(entry) for entry in entries]
@@ -321,6 +382,8 @@ def from_arrays(arguments: DataArguments, modality: Modality, path: Path) -> Sam
 
             rows = np.intersect1d(rows, rows_where(arguments.filter, names, texts_of_column))
     samples = Samples(Selected(values, rows), partial(row_name, str(arguments.source), rows))
+    if dense is not None:
+        samples.dense_labels = Masks(Selected(dense, rows), samples.name)
     if label_column is not None:
         _, first, samples.labels = np.unique(entries[rows], return_index=True, return_inverse=True)
         samples.classes = [texts[row] for row in rows[first]]

@@ -1,41 +1,32 @@
 """Score checkpoints beside raw features and untrained encoders, on the same probe."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
-from mmssl.data import DataArguments
+from mmssl.data import DataArguments, Samples
+from mmssl.evaluation.dense import DENSE_PROTOCOLS, dense_pair, measure_dense
 from mmssl.evaluation.features import Pooling, features_of
-from mmssl.evaluation.models import fresh, learned_labels, load_model, pick_modality
+from mmssl.evaluation.models import AnyModel, fresh, learned_labels, load_model, pick_modality
+from mmssl.evaluation.scores import Score
 from mmssl.evaluation.splits import check_labels, labelled_pair, positions
-from mmssl.probes import DEFAULT_PROTOCOLS, FOLDS, PROTOCOLS, RAW_ONLY, quantities
-
-
-@dataclass
-class Score:
-    """One row of one protocol.
-
-    Attributes:
-        protocol: name of the protocol.
-        row: "raw" features, "untrained" encoder or "pretrained" encoder.
-        values: one for each seed; a single one for raw features, which have none.
-        n_train: labelled samples, or tokens, that the probe was fitted on, with what it held out of them to choose on.
-        n_test: samples, or tokens, that it was tested on. In cross-validation all of them, each once.
-        metric: what the values are: "accuracy" or, where labels are quantities, "R²".
-    """
-
-    protocol: str
-    row: str
-    values: list[float]
-    n_train: int
-    n_test: int
-    metric: str = "accuracy"
+from mmssl.modalities.base import Modality
+from mmssl.probes import (
+    CROSS_VALIDATED,
+    DEFAULT_PROTOCOLS,
+    FOLDS,
+    PROTOCOLS,
+    RAW_ONLY,
+    READS,
+    UNFITTED,
+    Points,
+    Task,
+    quantities,
+)
 
 
 def evaluate(
@@ -45,103 +36,157 @@ def evaluate(
     protocols: Sequence[str] = DEFAULT_PROTOCOLS,
     modality: str | None = None,
     pooling: Pooling = "mean",
+    layers: Sequence[int] | None = None,
     baselines: bool = True,
 ) -> list[Score]:
-    """Probe frozen features of checkpoints that differ in their seed alone.
+    """Probe frozen features of checkpoints: of one recipe over seeds, or of several recipes beside each other.
 
     Args:
-        checkpoints: folders or Hub names of pretrained models, one for each seed.
+        checkpoints: folders or Hub names of pretrained models. Those that differ in their seed alone are one row.
         data: labelled samples, or samples whose tokens have labels, that the probes are fitted on.
         test: those that they are tested on. None: the published split of tokens or the split "test" of data that come
             with the packages, and of others a stratified fifth of the labels that is held out.
-        protocols: names of ``PROTOCOLS``.
+        protocols: names of ``PROTOCOLS``, or of ``DENSE_PROTOCOLS`` where elements of samples have labels.
         modality: which modality of a model that has several.
         pooling: from tokens to samples: "mean", "max", "sum", "mean_max"; "mean_rows", that of each channel of a
-            series; or "flatten", all tokens side by side. Raw features are the modality's own.
+            series; "cls", the class token; or "flatten", all tokens side by side. Raw features are the modality's own.
+        layers: blocks of the encoder, from 1, that dense protocols of elements read side by side. None: four, evenly
+            spaced up to the last one.
         baselines: the rows of raw features and of untrained encoders too. Without only where others stand beside.
 
     Raises:
         ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, a pooling
             for labels of tokens, or no test data for a model that was pretrained on labels.
     """
-    if unknown := set(protocols) - set(PROTOCOLS):
-        raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {', '.join(PROTOCOLS)}")
+    dense = set(protocols) & set(DENSE_PROTOCOLS)
+    if unknown := set(protocols) - set(DENSE_PROTOCOLS if dense else PROTOCOLS):
+        others = f"{', '.join(PROTOCOLS)}; or, by themselves, of {', '.join(DENSE_PROTOCOLS)}"
+        raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {others}")
     if pooling not in get_args(Pooling):
         raise ValueError(f"pooling: found {pooling!r}; expected one of {', '.join(get_args(Pooling))}")
     if not checkpoints:
         raise ValueError("checkpoints: found none; expected at least one folder or Hub name")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = [load_model(checkpoint) for checkpoint in checkpoints]
-    if any(model.config.modalities != models[0].config.modalities for model in models):
-        raise ValueError("checkpoints: their modalities have other options; expected seeds of one recipe")
-    untrained = [fresh(model, seed) for seed, model in enumerate(models)] if baselines else []
-    for model in (*models, *untrained):
-        torch.nn.Module.to(model, device)
-    adapter = models[0].adapters[pick_modality(models[0], modality)]
     may_hold_out = not any(learned_labels(checkpoint) for checkpoint in checkpoints)
-    train_samples, test_samples = labelled_pair(data, test, adapter, may_hold_out)
-    if train_samples.token_labels is not None and pooling != "mean":
+    recipes = {name: [load_model(one) for one in members] for name, members in by_recipe(checkpoints).items()}
+    names = {recipe: pick_modality(models[0], modality) for recipe, models in recipes.items()}
+    kinds = {
+        "raw": {recipe: str(models[0].adapters[names[recipe]].options()) for recipe, models in recipes.items()},
+        "untrained": {recipe: models[0].config.to_json_string() for recipe, models in recipes.items()},
+    }
+    scores: list[Score] = []
+    for recipe, models in recipes.items():
+        rows: dict[str, list[AnyModel | None]] = {}
+        if baselines and is_first(kinds["raw"], recipe):
+            rows[row_name("raw", recipe, kinds["raw"])] = [None]
+        if baselines and is_first(kinds["untrained"], recipe):
+            row = row_name("untrained", recipe, kinds["untrained"])
+            rows[row] = [fresh(model, seed) for seed, model in enumerate(models)]
+        rows["pretrained" if len(recipes) == 1 else f"pretrained {recipe}"] = list(models)
+        adapter = models[0].adapters[names[recipe]]
+        if dense:
+            samples = dense_pair(data, test, adapter, may_hold_out)
+            scores += measure_dense(rows, adapter, samples, protocols, layers)
+        else:
+            scores += measure(rows, adapter, labelled_pair(data, test, adapter, may_hold_out), protocols, pooling)
+    return scores
+
+
+def measure(
+    rows: dict[str, list[AnyModel | None]],
+    adapter: Modality,
+    samples: tuple[Samples, Samples],
+    protocols: Sequence[str],
+    pooling: Pooling,
+) -> list[Score]:
+    """Every protocol on the features of every row.
+
+    Args:
+        rows: the models of each row, one for each seed; None for raw features.
+        adapter: the modality that reads the samples.
+        samples: those that probes are fitted on, and those that they are tested on.
+        protocols: names of ``PROTOCOLS``.
+        pooling: from tokens to samples.
+    """
+    train, test = samples
+    if train.token_labels is not None and pooling != "mean":
         raise ValueError(f"pooling: found {pooling}, but the labels are of tokens, which are not pooled; leave it out")
-    labels, test_labels = check_labels(train_samples, "data"), check_labels(test_samples, "test")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = [model for members in rows.values() for model in members if model is not None]
+    for each in models:
+        torch.nn.Module.to(each, device)
+    labels, test_labels = check_labels(train, "data"), check_labels(test, "test")
     fit, choose, held_out = (
-        positions(samples, split)
-        for samples, split in ((train_samples, "train"), (train_samples, "validation"), (test_samples, "test"))
+        positions(each, split) for each, split in ((train, "train"), (train, "validation"), (test, "test"))
     )
     everything = len(fit) + len(choose) + len(held_out)
-    sizes = {protocol: (len(fit), len(held_out)) for protocol in protocols}
-    sizes["svm"] = sizes["svm_standardized"] = everything - everything // FOLDS, everything  # ten folds
+    sizes = {name: (len(fit), len(held_out)) for name in protocols}
+    sizes |= dict.fromkeys(UNFITTED, (0, len(held_out)))
+    sizes |= dict.fromkeys(CROSS_VALIDATED, (everything - everything // FOLDS, everything))
 
-    rows = ["raw"] + ["untrained"] * len(untrained) + ["pretrained"] * len(models)
-    found = features_of(train_samples, adapter, (*untrained, *models), pooling, device)
-    test_found = found
-    if test_samples is not train_samples:
-        test_found = features_of(test_samples, adapter, (*untrained, *models), pooling, device)
-    if not baselines:
-        rows, found, test_found = rows[1:], found[1:], test_found[1:]
-    scores = {
-        (row, protocol): Score(protocol, row, [], *sizes[protocol], "R²" if quantities(labels) else "accuracy")
-        for row in dict.fromkeys(rows)
-        for protocol in protocols
-        if row == "raw" or protocol not in RAW_ONLY
-    }
-    for row, features, test_features in zip(rows, found, test_found, strict=True):
-        validation = (features[choose], labels[choose]) if len(choose) else None
-        given = features[fit], labels[fit], test_features[held_out], test_labels[held_out], validation
-        for protocol in protocols:
-            if (row, protocol) not in scores:
-                continue
-            try:
-                score = PROTOCOLS[protocol](*given)
-            except ValueError as error:
-                fewest = np.unique(labels[fit], return_counts=True)[1].min()
-                about = "" if quantities(labels) else f" (the rarest class has {fewest} labels)"
-                raise ValueError(f"protocol {protocol}: {error}{about}") from error
-            scores[row, protocol].values.append(score)
-    return list(scores.values())
-
-
-def print_scores(scores: Sequence[Score], title: str) -> None:
-    """A table with a line for each row and a column for each protocol: the score, with its spread over seeds."""
-    protocols = list(dict.fromkeys(score.protocol for score in scores))
-    labels = {"raw": "raw features", "untrained": "untrained encoder", "pretrained": "pretrained encoder"}
-    sizes: dict[tuple[int, int], list[str]] = {}
-    for score in scores:
-        if score.protocol not in (same := sizes.setdefault((score.n_test, score.n_train), [])):
-            same.append(score.protocol)
-    lines = [
-        f"{', '.join(names)}: " * (len(sizes) > 1)
-        + f"{scores[0].metric} on {n_test:,} labels, probes fitted on {n_train:,}"
-        for (n_test, n_train), names in sizes.items()
+    points: dict[tuple[str, str], list[Points]] = {}
+    for reads in dict.fromkeys(READS.get(name, "pooled") for name in protocols):
+        found = features_of(train, adapter, models, pooling, device, reads)
+        test_found = found if test is train else features_of(test, adapter, models, pooling, device, reads)
+        pairs = list(zip(found, test_found, strict=True))
+        encoded = iter(pairs[1:])
+        for row, members in rows.items():
+            for model in members:
+                features, test_features = pairs[0] if model is None else next(encoded)
+                validation = (features[choose], labels[choose]) if len(choose) else None
+                task = Task(features[fit], labels[fit], test_features[held_out], test_labels[held_out], validation)
+                for name in protocols:
+                    if READS.get(name, "pooled") == reads and (model is None or name not in RAW_ONLY):
+                        points.setdefault((row, name), []).append(probe(name, task))
+    return [
+        Score(name, row, [float(each[metric].mean()) for each in seeds], *sizes[name], metric, mean_of(seeds, metric))
+        for row in rows
+        for name in protocols
+        if (seeds := points.get((row, name)))
+        for metric in seeds[0]
     ]
-    table = Table(title="\n".join([title, *lines]), min_width=60)
-    table.add_column("features")
-    for protocol in protocols:
-        table.add_column(protocol, justify="right", overflow="fold")
-    for row in dict.fromkeys(score.row for score in scores):
-        cells = []
-        for protocol in protocols:
-            values = [v for score in scores if (score.row, score.protocol) == (row, protocol) for v in score.values]
-            spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.3f}{spread}" if values else "")
-        table.add_row(labels.get(row, row), *cells)
-    Console().print(table)
+
+
+def probe(name: str, task: Task) -> Points:
+    """A protocol, whose errors say what was probed."""
+    try:
+        return PROTOCOLS[name](task)
+    except ValueError as error:
+        fewest = np.unique(task.train_labels, return_counts=True)[1].min()
+        about = "" if quantities(task.train_labels) else f" (the rarest class has {fewest} labels)"
+        raise ValueError(f"protocol {name}: {error}{about}") from error
+
+
+def mean_of(seeds: list[Points], metric: str) -> np.ndarray:
+    return np.mean([each[metric] for each in seeds], axis=0)
+
+
+def by_recipe(checkpoints: Sequence[str | Path]) -> dict[str, list[str | Path]]:
+    """Checkpoints that differ in their seed alone go together, under a name for them."""
+    recipes: dict[str, list[str | Path]] = {}
+    for checkpoint in checkpoints:
+        recipes.setdefault(recipe_of(checkpoint), []).append(checkpoint)
+    more = {1: "", 2: " and another seed"}
+    return {
+        f"{members[0]}{more.get(len(members), f' and {len(members) - 1} other seeds')}": members
+        for members in recipes.values()
+    }
+
+
+def recipe_of(checkpoint: str | Path) -> str:
+    """What a run was but for its seed; of what has no record of its run, its configuration."""
+    record, config = (Path(checkpoint) / name for name in ("run.json", "config.json"))
+    if record.is_file():
+        run = json.loads(record.read_text())
+        run["train"] = {key: value for key, value in run["train"].items() if key not in ("seed", "output_dir")}
+        return json.dumps([run.get(key) for key in ("modality", "objective", "encoder", "data", "also", "train")])
+    return config.read_text() if config.is_file() else str(checkpoint)
+
+
+def row_name(kind: str, recipe: str, kinds: dict[str, str]) -> str:
+    """A baseline that all recipes share goes without a name."""
+    return kind if len(set(kinds.values())) == 1 else f"{kind} {recipe}"
+
+
+def is_first(kinds: dict[str, str], recipe: str) -> bool:
+    """Whether the baseline of a recipe is not yet in the table."""
+    return next(name for name, kind in kinds.items() if kind == kinds[recipe]) == recipe

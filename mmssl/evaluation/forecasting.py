@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mmssl.data import DataArguments, load_samples
-from mmssl.evaluation.models import fresh, load_model, pick_modality
+from mmssl.evaluation.models import fresh, load_own, pick_modality
 from mmssl.modalities.base import Batch
 from mmssl.modalities.time_series import TimeSeries
 from mmssl.modeling import MMSSLModel
@@ -139,7 +139,7 @@ def forecast(
         ValueError: several series, one with missing values, or one that is too short for the splits.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = [load_model(checkpoint) for checkpoint in checkpoints]
+    models = [load_own(checkpoint) for checkpoint in checkpoints]
     name = pick_modality(models[0], modality)
     adapter = models[0].adapters[name]
     if not isinstance(adapter, TimeSeries):

@@ -3,7 +3,6 @@
 import importlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +22,20 @@ from mmssl.evaluation.models import fresh, load_model
 from mmssl.evaluation.splits import labelled_pair
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
+from mmssl.probes import Points, Task
 
 IMAGE: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_channels": 1, "image_mean": 0.0, "image_std": 1.0}
 DIGITS = DataArguments("digits", max_samples=60)
 
 
-@dataclass
-class Call:
-    """What one probe was given."""
-
-    train: np.ndarray
-    labels: np.ndarray
-    test: np.ndarray
-    test_labels: np.ndarray
-    validation: tuple[np.ndarray, np.ndarray] | None = None
-
-
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Task]:
     """Adds the protocol "spy", which notes what it gets; its score is the number of the call."""
-    found: list[Call] = []
+    found: list[Task] = []
 
-    def spy(*given: Any) -> float:
-        found.append(Call(*given))
-        return float(len(found))
+    def spy(task: Task) -> Points:
+        found.append(task)
+        return {"accuracy": np.full(2, float(len(found)))}
 
     monkeypatch.setitem(PROTOCOLS, "spy", spy)
     return found
@@ -101,7 +90,7 @@ def mean_of_tokens(model: MMSSLModel, raw: np.ndarray) -> np.ndarray:
     return torch.stack([each[0, prefix:].mean(dim=0) for each in hidden]).numpy()
 
 
-def test_the_rows_of_digits(tmp_path: Path, calls: list[Call]) -> None:
+def test_the_rows_of_digits(tmp_path: Path, calls: list[Task]) -> None:
     """Pixels, untrained and pretrained encoders, on the first digits of the two splits; dropout is off."""
     folders = save(tmp_path, 0, 1, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5, class_token=True)
     scores = evaluate(folders, DIGITS, protocols=["spy"])
@@ -125,13 +114,13 @@ def test_the_rows_of_digits(tmp_path: Path, calls: list[Call]) -> None:
     for call, (fit, held_out) in zip(calls, expected, strict=True):
         np.testing.assert_allclose(call.train, fit, atol=2e-5)
         np.testing.assert_allclose(call.test, held_out, atol=2e-5)
-        np.testing.assert_array_equal(call.labels, digits.target[train])
+        np.testing.assert_array_equal(call.train_labels, digits.target[train])
         np.testing.assert_array_equal(call.test_labels, digits.target[test])
     for one, other in ((1, 2), (1, 3), (2, 4), (3, 4)):
         assert np.abs(calls[one].train - calls[other].train).max() > 0.1
 
 
-def test_values_are_those_of_the_protocols(tmp_path: Path, calls: list[Call]) -> None:
+def test_values_are_those_of_the_protocols(tmp_path: Path, calls: list[Task]) -> None:
     """One value for each checkpoint and protocol, and a single one of raw features."""
     data = DataArguments("digits", max_samples=120)
     scores = evaluate(save(tmp_path, 0, 1), data, protocols=["spy", "knn", "linear"])
@@ -139,7 +128,7 @@ def test_values_are_those_of_the_protocols(tmp_path: Path, calls: list[Call]) ->
     assert len(found) == len(scores) == 9
     for row, given in {"raw": calls[:1], "untrained": calls[1:3], "pretrained": calls[3:]}.items():
         for name in ("knn", "linear"):
-            expected = [PROTOCOLS[name](call.train, call.labels, call.test, call.test_labels) for call in given]
+            expected = [PROTOCOLS[name](call)["accuracy"].mean() for call in given]
             assert found[row, name] == expected
     assert all(len(found["raw", name]) == 1 < len(found["untrained", name]) == 2 for name in ("knn", "linear"))
 
@@ -149,7 +138,7 @@ def test_the_protocols_that_are_the_default(tmp_path: Path) -> None:
     assert [score.protocol for score in scores] == ["knn", "linear", "few_shot"] * 3
 
 
-def test_two_evaluations_give_the_same_features(tmp_path: Path, calls: list[Call]) -> None:
+def test_two_evaluations_give_the_same_features(tmp_path: Path, calls: list[Task]) -> None:
     """Dropout, stochastic depth and the global random state have no influence."""
     folders = save(tmp_path, 0, hidden_dropout_prob=0.5, drop_path_rate=0.5, num_hidden_layers=2)
     for seed in range(2):
@@ -181,7 +170,7 @@ def test_untrained_encoders_have_the_start_values_of_their_seed() -> None:
     assert not torch.equal(states[0][weight], model.state_dict()[weight])
 
 
-def test_a_folder_is_split_by_class_and_the_same_for_every_row(tmp_path: Path, calls: list[Call]) -> None:
+def test_a_folder_is_split_by_class_and_the_same_for_every_row(tmp_path: Path, calls: list[Task]) -> None:
     """A fifth of each class is held out; no image is in both parts, and none is lost."""
     classes = pictures(tmp_path / "data", {"apple": 25, "bread": 10, "cheese": 5})
     folders = save(tmp_path, 0)
@@ -190,21 +179,21 @@ def test_a_folder_is_split_by_class_and_the_same_for_every_row(tmp_path: Path, c
     raw, untrained, pretrained = calls
     fit, held_out = shades(raw.train), shades(raw.test)
     assert sorted(fit + held_out) == list(classes)
-    assert np.bincount(raw.labels).tolist() == [20, 8, 4]
+    assert np.bincount(raw.train_labels).tolist() == [20, 8, 4]
     assert np.bincount(raw.test_labels).tolist() == [5, 2, 1]
     names = sorted(set(classes.values()))
-    assert [names[label] for label in raw.labels] == [classes[shade] for shade in fit]
+    assert [names[label] for label in raw.train_labels] == [classes[shade] for shade in fit]
     assert [names[label] for label in raw.test_labels] == [classes[shade] for shade in held_out]
     torch.manual_seed(0)
     start = MMSSLModel(MMSSLConfig.from_pretrained(folders[0]))
     for call, model in ((untrained, start), (pretrained, AutoModel.from_pretrained(folders[0]))):
         np.testing.assert_allclose(call.train, mean_of_tokens(model, raw.train), atol=2e-5)
         np.testing.assert_allclose(call.test, mean_of_tokens(model, raw.test), atol=2e-5)
-        np.testing.assert_array_equal(call.labels, raw.labels)
+        np.testing.assert_array_equal(call.train_labels, raw.train_labels)
         np.testing.assert_array_equal(call.test_labels, raw.test_labels)
 
 
-def test_the_test_split_of_digits_is_itself_split(tmp_path: Path, calls: list[Call]) -> None:
+def test_the_test_split_of_digits_is_itself_split(tmp_path: Path, calls: list[Task]) -> None:
     """Data that are the test split have no other one: nothing of the training split comes in."""
     scores = evaluate(save(tmp_path, 0), DataArguments("digits", split="test"), protocols=["spy"])
     assert {(score.n_train, score.n_test) for score in scores} == {(288, 72)}
@@ -214,7 +203,7 @@ def test_the_test_split_of_digits_is_itself_split(tmp_path: Path, calls: list[Ca
     assert sorted(map(tuple, found.tolist())) == sorted(map(tuple, own.tolist()))
 
 
-def test_an_explicit_test_source_is_used_as_it_is(tmp_path: Path, calls: list[Call]) -> None:
+def test_an_explicit_test_source_is_used_as_it_is(tmp_path: Path, calls: list[Task]) -> None:
     classes = pictures(tmp_path / "data", {"apple": 6, "bread": 4})
     others = pictures(tmp_path / "other", {"apple": 2, "bread": 3}, first=100)
     data, test = DataArguments(str(tmp_path / "data")), DataArguments(str(tmp_path / "other"))
@@ -225,20 +214,20 @@ def test_an_explicit_test_source_is_used_as_it_is(tmp_path: Path, calls: list[Ca
     assert calls[0].test_labels.tolist() == [0, 0, 1, 1, 1]
 
 
-def test_an_explicit_test_source_goes_before_the_test_split(tmp_path: Path, calls: list[Call]) -> None:
+def test_an_explicit_test_source_goes_before_the_test_split(tmp_path: Path, calls: list[Task]) -> None:
     test = DataArguments("digits", split="train", max_samples=25)
     assert evaluate(save(tmp_path, 0), DIGITS, test, protocols=["spy"])[0].n_test == 25
     np.testing.assert_array_equal(calls[0].test, calls[0].train[:25])
 
 
-def test_test_arguments_without_a_source_are_none(tmp_path: Path, calls: list[Call]) -> None:
+def test_test_arguments_without_a_source_are_none(tmp_path: Path, calls: list[Task]) -> None:
     """What the command passes where no --test flag was given."""
     for test in (None, DataArguments()):
         evaluate(save(tmp_path, 0), DIGITS, test, protocols=["spy"])
     np.testing.assert_array_equal(calls[0].test, calls[3].test)
 
 
-def test_classes_of_the_test_folder_go_by_name(tmp_path: Path, calls: list[Call]) -> None:
+def test_classes_of_the_test_folder_go_by_name(tmp_path: Path, calls: list[Task]) -> None:
     """A test folder without "apple", whose own numbers would begin at "bread"."""
     pictures(tmp_path / "data", {"apple": 3, "bread": 3, "cheese": 3})
     pictures(tmp_path / "other", {"bread": 2, "cheese": 1})
@@ -246,7 +235,7 @@ def test_classes_of_the_test_folder_go_by_name(tmp_path: Path, calls: list[Call]
     evaluate(save(tmp_path, 0), data, test, protocols=["spy"])
     for call in calls:
         assert call.test_labels.tolist() == [1, 1, 2]
-        assert call.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert call.train_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 def found(names: Sequence[str], classes: Sequence[str]) -> Samples:
@@ -284,7 +273,7 @@ def test_classes_that_max_samples_has_cut_off_the_training_data_are_refused(tmp_
         evaluate(save(tmp_path, 0), data, DataArguments(str(tmp_path / "data")), protocols=["knn"])
 
 
-def test_classes_that_max_samples_has_cut_off_the_test_data_do_not_matter(tmp_path: Path, calls: list[Call]) -> None:
+def test_classes_that_max_samples_has_cut_off_the_test_data_do_not_matter(tmp_path: Path, calls: list[Task]) -> None:
     pictures(tmp_path / "data", {"apple": 3, "bread": 3})
     pictures(tmp_path / "other", {"apple": 3, "bread": 3, "zebra": 3})
     test = DataArguments(str(tmp_path / "other"), max_samples=6)
@@ -320,14 +309,14 @@ def test_unknown_protocols_and_folders_without_a_model_are_refused(tmp_path: Pat
         evaluate([tmp_path / "empty"], DIGITS)
 
 
-def test_models_of_other_libraries_are_refused(tmp_path: Path) -> None:
+def test_encoders_of_text_are_refused(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     BertModel(BertConfig(**shape, intermediate_size=8)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="BertModel"):
+    with pytest.raises(ValueError, match="is a Bert and reads input_ids; expected"):
         load_model(tmp_path)
 
 
-def test_the_modality_of_a_model_with_two(tmp_path: Path, calls: list[Call]) -> None:
+def test_the_modality_of_a_model_with_two(tmp_path: Path, calls: list[Task]) -> None:
     """It must be named, and it is the one that reads the data."""
     pytest.importorskip("torchaudio", reason="torchaudio is not installed")
     folders = save(tmp_path, 0, modalities={"speech": {"num_mels": 8}, "image": IMAGE})
@@ -409,7 +398,7 @@ def test_protocols_that_read_other_samples_say_so(
 ) -> None:
     """svm goes through all samples in ten folds: nine tenths of them are fitted on, each one is tested."""
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setitem(PROTOCOLS, "svm", lambda *given: 0.5)
+    monkeypatch.setitem(PROTOCOLS, "svm", lambda task: {"accuracy": np.array([0.5])})
     scores = evaluate(save(tmp_path, 0), DataArguments("digits", max_samples=60), protocols=["knn", "svm", "linear"])
     assert {(score.protocol, score.n_train, score.n_test) for score in scores} == {
         ("knn", 60, 60),
@@ -423,13 +412,17 @@ def test_protocols_that_read_other_samples_say_so(
     assert "svm: accuracy on 120 labels, probes fitted on 108" in printed
 
 
-def test_the_command_pools_as_it_is_told(tmp_path: Path, calls: list[Call]) -> None:
+def test_the_command_pools_as_it_is_told(tmp_path: Path, calls: list[Task]) -> None:
     (folder,) = save(tmp_path, 0)
     flags = [str(folder), "--data", "digits", "--data.max_samples", "60", "--protocol", "spy"]
     for more in ([], ["--pooling", "mean_max"]):
         evaluate_command([*flags, *more, "--output", str(tmp_path / "scores.json")])
     assert [call.train.shape[1] for call in calls] == [64, 16, 16, 64, 32, 32]
-    assert [score["values"] for score in json.loads((tmp_path / "scores.json").read_text())] == [[4.0], [5.0], [6.0]]
+    assert [score["values"] for score in json.loads((tmp_path / "scores.json").read_text())["scores"]] == [
+        [4.0],
+        [5.0],
+        [6.0],
+    ]
     with pytest.raises(SystemExit):
         evaluate_command([*flags, "--pooling", "median"])
 

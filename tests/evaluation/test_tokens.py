@@ -15,6 +15,7 @@ from mmssl.evaluation import PROTOCOLS, Score, evaluate
 from mmssl.evaluation.features import Pooling, extract, pooled
 from mmssl.modalities.image import Image
 from mmssl.modeling import MMSSLConfig, MMSSLModel
+from mmssl.probes import READS, Points, Task
 
 pytest.importorskip("torchaudio", reason="torchaudio is not installed")
 
@@ -56,9 +57,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Given]:
     """What the protocol "spy" was given; its score is the number of the call."""
     found: list[Given] = []
 
-    def spy(*given: Any) -> float:
-        found.append(given)
-        return float(len(found))
+    def spy(task: Task) -> Points:
+        found.append((task.train, task.train_labels, task.test, task.test_labels, task.validation))
+        return {"accuracy": np.full(2, float(len(found)))}
 
     monkeypatch.setitem(PROTOCOLS, "spy", spy)
     return found
@@ -246,10 +247,15 @@ def test_one_sample_with_many_tokens(tmp_path: Path, sources: dict[str, Samples]
     light = np.arange(256) % 16 >= 8
     picture = np.where(np.arange(32) >= 16, 0.9, 0.1).astype(np.float32) * np.ones((32, 1), np.float32)
     sources["picture"] = Samples([picture], str, classes=["dark", "light"], token_labels=[light.astype(int)])
-    names = [name for name in PROTOCOLS if name != "few_shot"]
+    elsewhere = ("few_shot", "low_label", "kernel_ridge", *READS)  # few labels; quantities; layers or tokens of samples
+    names = [name for name in PROTOCOLS if name not in elsewhere]
     scores = evaluate([tmp_path], DataArguments("picture"), protocols=names)
-    assert {score.protocol: score.values for score in scores if score.row == "raw"} == {name: [1.0] for name in names}
-    assert {(score.n_train, score.n_test) for score in scores} == {(204, 52), (231, 256)}
+    assert {score.protocol for score in scores} == set(names)
+    assert {value for score in scores if score.row == "raw" for value in score.values} == {1.0}
+    assert {(score.n_train, score.n_test) for score in scores} == {(204, 52), (0, 52), (231, 256)}
+    for name in READS:
+        with pytest.raises(ValueError, match=f"found labels of tokens, and a protocol that reads {READS[name]}"):
+            evaluate([tmp_path], DataArguments("picture"), protocols=[name])
 
 
 def test_tokens_of_another_source_go_by_the_name_of_their_class(

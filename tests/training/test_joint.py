@@ -13,7 +13,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from transformers import AutoModel, AutoProcessor
 
 from mmssl.data import DataArguments
-from mmssl.evaluation import report
+from mmssl.evaluation import closing_words
 from mmssl.modalities.image import Image
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 from mmssl.training import Source, TrainArguments, load_objective, pretrain
@@ -74,8 +74,8 @@ def test_the_report_looks_at_each_modality(
 ) -> None:
     """The digits have labels; the sounds have none."""
     run_joint(tmp_path / "run", max_train_steps=2)
-    monkeypatch.setitem(report.__globals__, "MOST", 10)
-    report(tmp_path / "run", load_objective(tmp_path / "run"), DIGITS.data)
+    monkeypatch.setitem(closing_words.__globals__, "MOST", 10)
+    closing_words(tmp_path / "run", load_objective(tmp_path / "run"), DIGITS.data)
     printed = capsys.readouterr().out
     assert f"mmssl evaluate {tmp_path / 'run'} --data digits --modality image" in printed
     assert "modality speech" not in printed

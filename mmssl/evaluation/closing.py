@@ -1,4 +1,4 @@
-"""What one wants to see when a run has ended."""
+"""What is said when a run has ended."""
 
 import json
 from pathlib import Path
@@ -6,16 +6,17 @@ from pathlib import Path
 from accelerate import PartialState
 
 from mmssl.data import DataArguments, PreparedSamples, load_samples
-from mmssl.evaluation.evaluate import evaluate, print_scores
+from mmssl.evaluation.evaluate import evaluate
 from mmssl.evaluation.pictures import draw_reconstructions
+from mmssl.evaluation.tables import print_scores
 from mmssl.objectives.base import Objective
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 
 MOST = 10_000  # labelled samples for a closing probe: it should not outlast the training
 
 
-def report(run: Path, objective: Objective, data: DataArguments) -> None:
-    """Say where the model is, draw reconstructions if it makes any, and probe it if the data have labels.
+def closing_words(run: Path, objective: Objective, data: DataArguments) -> None:
+    """Say where the model is and how to look at it, draw reconstructions if it makes any, and probe it if it can.
 
     Args:
         run: folder of a finished run.
@@ -25,6 +26,7 @@ def report(run: Path, objective: Objective, data: DataArguments) -> None:
     if not PartialState().is_main_process:
         return
     print(f'\nThe model is in {run}. To load it: import mmssl; AutoModel.from_pretrained("{run}")')
+    print(f"To look at it, at its curves, samples, embeddings and attention: mmssl report {run}")
     record = json.loads((run / "run.json").read_text())
     look(run, objective, data, next(iter(record["modality"])), "reconstructions.png")
     for name, source in record.get("also", {}).items():
