@@ -11,6 +11,8 @@ With an encoder in which each token reads itself and those before it alone:
   tokens are single pixels of 512 colours and its distance cross-entropy; here they are what the modality says.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,12 @@ class Autoregressive(Objective):
             neighbours overlap, so many that these two do not.
         views: train on one random view of each sample in place of the sample itself.
     """
+
+    references: ClassVar = (
+        'Chung et al., "An unsupervised autoregressive model for speech representation learning" (APC), '
+        "Interspeech 2019",
+        'Chen et al., "Generative pretraining from pixels" (iGPT), ICML 2020',
+    )
 
     def __init__(self, model: MMSSLModel, shift: int = 1, views: bool = True):
         super().__init__(model)

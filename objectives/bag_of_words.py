@@ -14,7 +14,7 @@ step one random token of each sample takes the place of the oldest words.
 """
 
 from collections.abc import Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,10 @@ class BagOfWords(Objective):
         kappa: what the student's scores are multiplied by (OBoW: 5 with one vocabulary, 8 with two).
         momentum: of the teacher, at the first step and at the last one, along half a period of a cosine.
     """
+
+    references: ClassVar = (
+        'Gidaris et al., "OBoW: online bag-of-visual-words generation for self-supervised learning", CVPR 2021',
+    )
 
     def __init__(
         self,

@@ -13,6 +13,8 @@ is drawn from Beta(1, 1) and p is a permutation of the batch:
     loss += mix_weight * redundancy_weight * (|difference' z1 / B|^2 + |difference' z2 / B|^2)
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,11 @@ class BarlowTwins(Objective):
         redundancy_weight: of what two channels have in common (paper: 0.0051; with few channels, 1 / d).
         mix_weight: of the loss of mixed samples, times ``redundancy_weight`` (paper: 2 or 4). 0: no samples are mixed.
     """
+
+    references: ClassVar = (
+        'Zbontar et al., "Barlow Twins: self-supervised learning via redundancy reduction", ICML 2021',
+        'Bandara et al., "Guarding Barlow Twins against overfitting with mixed samples", arXiv 2023',
+    )
 
     def __init__(
         self,

@@ -2,8 +2,9 @@
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,12 @@ class Objective(nn.Module):
     Attributes:
         needs_labels: whether batches hold, beside what the modality makes of the samples, their ``labels``: (B,) float.
             Only a supervised objective reads them; ``split_labels`` takes them off before a modality sees the batch.
+
+    Class attributes:
+        references: the papers, each a line of authors, title, venue and year, for whoever cites a model.
     """
 
+    references: ClassVar[Sequence[str]] = ()
     needs_labels: bool = False
 
     def __init__(self, model: MMSSLModel):
@@ -53,6 +58,13 @@ class Objective(nn.Module):
 
     def after_step(self, progress: float) -> None:
         """Called once after each optimiser step, with the share of training that is done; moves teachers on."""
+
+    def shown(self, modality: Modality, tokens: Tokens, generator: torch.Generator) -> dict[str, Tokens]:
+        """What people may look at of a few samples, by its name: the samples, and what the objective makes of them.
+
+        What is NaN is hidden, and left blank in pictures. In evaluation mode, without gradient.
+        """
+        return {"original": tokens}
 
     @property
     def trained(self) -> MMSSLModel:

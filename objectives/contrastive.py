@@ -18,6 +18,8 @@ one view, the key k of the other one and negatives n, in both directions:
   ``interpolation``.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,16 @@ class Contrastive(Objective):
         interpolation: negatives of the queue are mixed in pairs by a number from such a distribution (Zhu et al.: 1.6).
             None: they are not.
     """
+
+    references: ClassVar = (
+        'Chen et al., "A simple framework for contrastive learning of visual representations" (SimCLR), ICML 2020',
+        'He et al., "Momentum contrast for unsupervised visual representation learning" (MoCo), CVPR 2020',
+        'Chen et al., "Improved baselines with momentum contrastive learning" (MoCo v2), arXiv 2020',
+        'Chen et al., "An empirical study of training self-supervised vision transformers" (MoCo v3), ICCV 2021',
+        'Atito et al., "SiT: self-supervised vision transformer", arXiv 2021',
+        'Kalantidis et al., "Hard negative mixing for contrastive learning" (MoCHi), NeurIPS 2020',
+        'Zhu et al., "Improving contrastive learning by visualizing feature transformation", ICCV 2021',
+    )
 
     def __init__(
         self,

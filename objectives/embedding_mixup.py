@@ -10,6 +10,8 @@ projection of sample i, of length 1, and z~_i that of its mixture ``a_i x_i + (1
 a_i is drawn from Beta(alpha, alpha), and if it is below 1/2, 1 - a_i is taken, so that i is always the greater part.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,12 @@ class EmbeddingMixup(Objective):
         temperature: what scores are divided by (DABS: 0.2).
         projector_size: width of what is compared (DABS: 128).
     """
+
+    references: ClassVar = (
+        'Tamkin et al., "DABS: a domain-agnostic benchmark for self-supervised learning", NeurIPS Datasets '
+        "and Benchmarks 2021",
+        'Lee et al., "i-Mix: a domain-agnostic strategy for contrastive representation learning", ICLR 2021',
+    )
 
     def __init__(self, model: MMSSLModel, alpha: float = 1.0, temperature: float = 0.2, projector_size: int = 128):
         super().__init__(model)

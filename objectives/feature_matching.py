@@ -8,7 +8,7 @@ first goes on from a pretrained model on the data at hand, and becomes the teach
 pretrained model, not from the teacher, and has this loss beside its reconstruction.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -27,6 +27,10 @@ class FeatureMatching(Objective):
         teacher: folder of the finished run, or name on the Hub, of the model to match; of the same width as this one.
         views: on one random view of each sample, the same for both, in place of the sample itself.
     """
+
+    references: ClassVar = (
+        'Lee, Kang et al., "Self-distillation for further pre-training of transformers", ICLR 2023',
+    )
 
     def __init__(self, model: MMSSLModel, teacher: str, views: bool = True):
         super().__init__(model)

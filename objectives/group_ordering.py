@@ -11,6 +11,7 @@ So what counts is the order of two groups and not by how much they differ, and t
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,11 @@ class GroupOrdering(Objective):
         projector_hidden_size: width between the layers of the projector (GroCo: 2048).
         projector_size: width of what is compared (GroCo: 2048).
     """
+
+    references: ClassVar = (
+        'Shvetsova et al., "Learning by sorting: self-supervised learning with group ordering constraints", ICCV 2023',
+        'Petersen et al., "Monotonic differentiable sorting networks", ICLR 2022',
+    )
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ everything, says of other tokens:
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,16 @@ class LatentPrediction(Objective):
         predictor_hidden_size: width of the predictor.
         predictor_attention_heads: attention heads of the predictor.
     """
+
+    references: ClassVar = (
+        'Assran et al., "Self-supervised learning from images with a joint-embedding predictive '
+        'architecture" (I-JEPA), CVPR 2023',
+        'Thimonier et al., "T-JEPA: augmentation-free self-supervised learning for tabular data", ICLR 2025',
+        'Bardes et al., "Revisiting feature prediction for learning visual representations from video" '
+        "(V-JEPA), TMLR 2024",
+        'Baevski et al., "Efficient self-supervised learning with contextualized target representations '
+        'for vision, speech and language" (data2vec 2.0), ICML 2023',
+    )
 
     def __init__(
         self,

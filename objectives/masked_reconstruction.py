@@ -18,7 +18,7 @@ Hide or alter part of the tokens, encode what is left, and predict the clean con
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,15 @@ class MaskedReconstruction(Objective):
         head_norm: layer norm before the modality's linear head (TERA).
         average_layers: the encoder's output is the normalised mean of these blocks (GMML: 6 8 10 12). Empty: the last.
     """
+
+    references: ClassVar = (
+        'He et al., "Masked autoencoders are scalable vision learners" (MAE), CVPR 2022',
+        'Pang et al., "Masked autoencoders for point cloud self-supervised learning" (Point-MAE), ECCV 2022',
+        'Xie et al., "SimMIM: a simple framework for masked image modeling", CVPR 2022',
+        'Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022',
+        'Atito et al., "GMML is all you need", arXiv 2022',
+        'Liu et al., "TERA: self-supervised learning of transformer encoder representation for speech", TASLP 2021',
+    )
 
     def __init__(
         self,
@@ -218,6 +227,27 @@ class MaskedReconstruction(Objective):
             decoded = gather(decoded, index)
         prediction = self.reconstruction_heads[modality.name](self.head(decoded))
         return Reconstruction(clean, seen, encoded, prediction, where, index)
+
+    @torch.no_grad()
+    def shown(self, modality: Modality, tokens: Tokens, generator: torch.Generator) -> dict[str, Tokens]:
+        """The original, what the encoder sees of it, and its reconstruction, the original where nothing was hidden."""
+        out, original = self.reconstruct(modality, tokens, generator), tokens.content
+        if out.index is None:
+            where = out.where.reshape(out.where.shape + (1,) * (original.dim() - out.where.dim()))
+            seen = out.seen.content
+            restored = torch.where(where, modality.content_of(out.prediction, tokens), original)
+        else:
+            rows = torch.arange(len(original), device=out.index.device)[:, None]
+            predicted = modality.content_of(out.prediction, tokens.select(out.index, out.where))
+            restored = original.clone()
+            restored[rows, out.index] = predicted.to(restored.dtype)
+            hidden = torch.zeros_like(tokens.valid)
+            hidden[rows, out.index] = out.where
+            hidden = hidden.reshape(hidden.shape + (1,) * (restored.dim() - hidden.dim()))
+            seen = original.masked_fill(hidden, torch.nan)
+            restored = torch.where(hidden, restored, original)
+        contents = {"original": original, "seen": seen, "reconstructed": restored}
+        return {title: replace(tokens, content=content) for title, content in contents.items()}
 
     def masked_content(
         self, modality: Modality, clean: Tokens, mask: Mask, generator: torch.Generator

@@ -8,6 +8,8 @@ Zhai et al., "Position prediction as an effective pretraining strategy" (MP3), I
 those that nobody reads too.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,8 @@ class PositionPrediction(Objective):
         mask_ratio: share of the valid tokens that no token reads, from 0 to below 1.
         views: train on one random view of each sample in place of the sample itself.
     """
+
+    references: ClassVar = ('Zhai et al., "Position prediction as an effective pretraining strategy" (MP3), ICML 2022',)
 
     def __init__(self, model: MMSSLModel, mask_ratio: float = 0.75, views: bool = True):
         super().__init__(model)

@@ -19,6 +19,7 @@ and its head. With s_v and t_v what student and teacher say of view v:
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,12 @@ class SelfDistillation(Objective):
         mask_ratio: share of hidden tokens in the student's views, local ones excepted.
         mask_style: how hidden tokens are chosen, one of the modality's ("random", "block", ...).
     """
+
+    references: ClassVar = (
+        'Grill et al., "Bootstrap your own latent: a new approach to self-supervised learning" (BYOL), NeurIPS 2020',
+        'Caron et al., "Emerging properties in self-supervised vision transformers" (DINO), ICCV 2021',
+        'Zhou et al., "iBOT: image BERT pre-training with online tokenizer", ICLR 2022',
+    )
 
     progress: Tensor
 

@@ -6,6 +6,8 @@ few tokens of each sample change their embedded contents among themselves, and t
     loss = mean over valid tokens i of binary cross-entropy(linear(encode(shuffled x)_i), 1 if i has another's content)
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,11 @@ class ShuffledEmbeddingDetection(Objective):
         model: the model to train.
         shuffle_ratio: share of the valid tokens of each row that change contents, at least two (DABS: 0.15).
     """
+
+    references: ClassVar = (
+        'Tamkin et al., "DABS: a domain-agnostic benchmark for self-supervised learning", NeurIPS Datasets '
+        "and Benchmarks 2021",
+    )
 
     def __init__(self, model: MMSSLModel, shuffle_ratio: float = 0.15):
         super().__init__(model)

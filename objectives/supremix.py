@@ -11,6 +11,7 @@ Positives are the samples of i's label and hard positives, negatives all other s
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class SupReMix(Objective):
         projector_hidden_size: width between the layers of the projector.
         projector_size: width of what is compared.
     """
+
+    references: ClassVar = ('Wu, Dong et al., "Mixup your own pairs" (SupReMix), arXiv 2023',)
 
     needs_labels = True
 

@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +32,16 @@ class TransformPrediction(Objective):
         head_widths: of the head's hidden layers, with ReLU (ScatSimCLR: 512 128). Empty: a linear head.
         views: transform a random view of each sample in place of the sample itself.
     """
+
+    references: ClassVar = (
+        'Gidaris et al., "Unsupervised representation learning by predicting image rotations" (RotNet), ICLR 2018',
+        'Noroozi and Favaro, "Unsupervised learning of visual representations by solving jigsaw puzzles", ECCV 2016',
+        'Xu et al., "Self-supervised spatiotemporal learning via video clip order prediction" (VCOP), CVPR 2019',
+        'Yao et al., "Video playback rate perception for self-supervised spatio-temporal representation '
+        'learning" (PRP), CVPR 2020',
+        'Kinakh et al., "ScatSimCLR: self-supervised contrastive learning with pretext task regularization '
+        'for small-scale datasets", ICCV workshops 2021',
+    )
 
     def __init__(
         self,

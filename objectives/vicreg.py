@@ -12,6 +12,8 @@ These are the means of the released code. The paper's equations sum the variance
 25 is 50 here, and the invariance over channels.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,11 @@ class VICReg(Objective):
         variance_weight: of channels whose standard deviation is below 1.
         covariance_weight: of what two channels have in common.
     """
+
+    references: ClassVar = (
+        'Bardes et al., "VICReg: variance-invariance-covariance regularization for self-supervised '
+        'learning", ICLR 2022',
+    )
 
     def __init__(
         self,

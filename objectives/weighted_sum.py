@@ -7,14 +7,16 @@
   reconstruction of the last patches (``mask_style: future``), and half as much of another objective.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from mmssl.discovery import find_all, option_names
+from mmssl.modalities.base import Modality
 from mmssl.modeling import MMSSLModel
 from mmssl.objectives.base import Batch, Objective, ObjectiveOutput, Shared, split_labels
+from mmssl.tokens import Tokens
 
 
 class Sum(Objective):
@@ -28,6 +30,11 @@ class Sum(Objective):
         terms: each by a name: {name: {class_path: MaskedReconstruction, init_args: {...}}}.
         weights: of the terms, by their names. A term without one weighs 1.
     """
+
+    references: ClassVar = (
+        'Hou et al., "GraphMAE2: a decoding-enhanced masked self-supervised graph learner", WWW 2023',
+        'Zheng et al., "What constitutes good contrastive learning in time-series forecasting?", arXiv 2023',
+    )
 
     def __init__(self, model: MMSSLModel, terms: dict[str, dict[str, Any]], weights: dict[str, float] | None = None):
         super().__init__(model)
@@ -63,6 +70,10 @@ class Sum(Objective):
         for name, out in outputs.items():
             metrics |= {f"{name}/{metric}": value for metric, value in out.metrics.items()}
         return ObjectiveOutput(loss, metrics, next(iter(outputs.values())).embedding)
+
+    def shown(self, modality: Modality, tokens: Tokens, generator: torch.Generator) -> dict[str, Tokens]:
+        """What the first term shows that makes anything of the samples."""
+        return max((term.shown(modality, tokens, generator) for term in self.members()), key=len)
 
     def after_step(self, progress: float) -> None:
         for term in self.members():

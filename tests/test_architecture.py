@@ -43,7 +43,7 @@ ENCODING = {
 }
 MODEL = {*ENCODING, "modalities", "modeling", "heads", "feature_queue"}
 USERS = {*MODEL, "processing", "task_models", "objectives", "data", "probes"}
-EVERYTHING = {*USERS, "export", "training", "evaluation", "cli", "mmssl"}
+EVERYTHING = {*USERS, "figures", "export", "hub", "training", "evaluation", "cli", "mmssl"}
 MAY_IMPORT = {
     "discovery": set(),
     "version": set(),
@@ -74,12 +74,13 @@ MAY_IMPORT = {
     "modeling": MODEL,
     "processing": MODEL,
     "task_models": MODEL,
-    "export": {*MODEL, "processing", "task_models"},
+    "figures": {"modalities", "tokens"},
+    "export": {*USERS, "training"},
     "objectives": MODEL,
     "data": {*ENCODING, "modalities"},
     "hub": {*USERS, "evaluation"},
-    "training": {*USERS, "hub"},
-    "evaluation": USERS,
+    "training": {*USERS, "figures", "hub"},
+    "evaluation": {*USERS, "figures"},
     # mmssl/__init__.py: what `import mmssl` brings; training when first used, the test of a light import sees to that
     "mmssl": {"modeling", "processing", "task_models", "training", "version"},
     "cli": EVERYTHING,

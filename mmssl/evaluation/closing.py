@@ -8,9 +8,8 @@ from accelerate import PartialState
 from mmssl.data import DataArguments, PreparedSamples, load_samples
 from mmssl.evaluation.evaluate import evaluate
 from mmssl.evaluation.pictures import draw_reconstructions
-from mmssl.evaluation.tables import print_scores
+from mmssl.evaluation.tables import print_scores, write_scores
 from mmssl.objectives.base import Objective
-from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 
 MOST = 10_000  # labelled samples for a closing probe: it should not outlast the training
 
@@ -37,10 +36,9 @@ def look(run: Path, objective: Objective, data: DataArguments, name: str, pictur
     """Draw and probe one modality."""
     modality = objective.model.adapters[name]
     samples = load_samples(data, modality)
-    if isinstance(objective, MaskedReconstruction):
-        few = PreparedSamples(samples, modality, data.on_error, seed=0)  # parts of what is too large
-        batch = few.collate([few[i] for i in range(min(8, len(few)))])["inputs"]
-        path = draw_reconstructions(objective, batch, run / picture)
+    few = PreparedSamples(samples, modality, data.on_error, seed=0)  # parts of what is too large
+    batch = few.collate([few[i] for i in range(min(8, len(few)))])["inputs"]
+    if path := draw_reconstructions(objective, batch, run / picture):
         print(f"Originals, what the encoder saw of them, and reconstructions: {path}")
     if samples.labels is None and samples.token_labels is None:
         return
@@ -50,6 +48,8 @@ def look(run: Path, objective: Objective, data: DataArguments, name: str, pictur
         print(f"Probes of {count:,} labels take a while: mmssl evaluate {run} {flags}")
         return
     try:
-        print_scores(evaluate([run], data, modality=name), title=f"{run}: {name}")
+        scores = evaluate([run], data, modality=name)
+        print_scores(scores, title=f"{run}: {name}")
+        write_scores(scores, (run / picture.replace("reconstructions", "scores")).with_suffix(".json"))
     except ValueError as error:
         print(f"The labels do not allow a probe: {error}")

@@ -14,13 +14,20 @@ from mmssl.evaluation.scores import Comparison, Score, compare
 
 LABELS = {"raw": "raw features", "untrained": "untrained encoder", "pretrained": "pretrained encoder"}
 LEGEND = "± deviation over seeds; of a single one (half of the 95 % interval over what was tested)"
+WIDE = 7  # columns of a table on the screen
 PLAIN = ("accuracy", "R²")  # metrics that go without saying
 
 
 def print_scores(scores: Sequence[Score], title: str) -> None:
-    """A table with a line for each row and a column for each protocol, and what paired tests say of the rows."""
+    """A table of rows and protocols, and what paired tests say of the rows.
+
+    Rows are lines; where there are many protocols, these are, so that the table is not wider than the screen.
+    """
     table = Table(title="\n".join([title, *sizes(scores)]), min_width=60, caption=LEGEND)
     header, *lines = cells(scores)
+    if len(header) > WIDE:
+        header, *lines = map(list, zip(header, *lines, strict=True))
+        header[0] = "protocol"
     table.add_column(header[0])
     for name in header[1:]:
         table.add_column(name, justify="right", overflow="fold")

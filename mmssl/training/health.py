@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -22,11 +22,13 @@ from mmssl.modeling import MMSSLModel
 from mmssl.monitors import effective_rank, relative_spread, similarities
 from mmssl.objectives.base import Objective
 from mmssl.randomness import seed_of
+from mmssl.tokens import Tokens
 from mmssl.training.arguments import TrainArguments
 from mmssl.training.metrics import MEASURING
 from mmssl.training.streams import Stream
 
 MOST = 256  # rows that are measured
+SHOWN = 8  # samples in a picture
 MOST_VIEWED = 64  # samples of which two views are compared
 MOST_CLASSES, LEAST_LABELS = 10, 10  # classes that are probed, and labels that each of them has at least
 FEWEST = 32  # with fewer samples, rows are tokens: a scene or a graph is one sample
@@ -115,7 +117,7 @@ class Health:
     ):
         self.accelerator, self.objective, self.streams = accelerator, objective, streams
         self.every, self.seed, self.total_steps = train.health_steps, train.seed, total_steps
-        self.metric = train.metric_for_best_model
+        self.metric, self.pictures = train.metric_for_best_model, takes_pictures(train.report_to)
         self.warmup_steps = round(train.warmup_ratio * total_steps)
         self.history: dict[str, list[dict[str, float]]] = {}
         self.probes: dict[str, ProbeSet] = {}
@@ -132,7 +134,7 @@ class Health:
             for name, stream in self.streams.items():
                 self.probes[name] = ProbeSet(stream.dataset, stream.batch_size)
                 if name not in self.history:
-                    self.history[name] = [{"step": step, **self.measured(name)}]
+                    self.history[name] = [{"step": step, **self.measured(name, step)}]
                 start = self.history[name][0]
                 if self.metric and self.accelerator.is_main_process and self.metric not in start:
                     raise ValueError(
@@ -149,7 +151,7 @@ class Health:
         begun = time.perf_counter()
         found: dict[str, Any] = {}
         for name in self.streams:
-            numbers = self.measured(name)
+            numbers = self.measured(name, step)
             if self.accelerator.is_main_process:
                 if loss_over_trivial is not None and len(self.streams) == 1:
                     numbers["loss_over_trivial"] = loss_over_trivial
@@ -167,18 +169,39 @@ class Health:
             best = sums[-1] > max(sums[:-1])
         return bool(self.accelerator.reduce(torch.tensor(float(best), device=self.accelerator.device)))
 
-    def measured(self, name: str) -> dict[str, float]:
-        """The numbers of a modality as the encoder is now; nothing but the first process's is of use."""
-        model, probe = self.objective.trained, self.probes[name]
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
+    def measured(self, name: str, step: int) -> dict[str, float]:
+        """The numbers of a modality as the encoder is now; nothing but the first process's is of use.
+
+        Trackers get pictures of what is measured, and of a few samples and what the objective makes of them.
+        """
+        model, probe, device = self.objective.trained, self.probes[name], self.accelerator.device
+        adapter = self.objective.model.adapters[name]
+        modes = [(module, module.training) for module in self.objective.modules()]
+        self.objective.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            features = probe.features(model, self.accelerator.device)
-            adapter = self.objective.model.adapters[name]
-            views = probe.views(model, adapter, self.accelerator.device, seed_of(self.seed, "health"))
+            features = probe.features(model, device)
+            views = probe.views(model, adapter, device, seed_of(self.seed, "health"))
+            shown = self.shown(probe, adapter) if self.pictures else {}
         for module, mode in modes:
             module.training = mode
-        return probe.numbers(features, views) if self.accelerator.is_main_process else {}
+        if not self.accelerator.is_main_process:
+            return {}
+        if self.pictures:
+            from mmssl.training.pictures import draw_pictures, log_pictures  # matplotlib, for trackers alone
+
+            pictures = draw_pictures(adapter, shown, features, probe.labels, views)
+            end = f"/{name}" if len(self.streams) > 1 else ""
+            log_pictures(self.accelerator, {f"{title}{end}": each for title, each in pictures.items()}, step)
+        return probe.numbers(features, views)
+
+    def shown(self, probe: "ProbeSet", adapter: Modality) -> dict[str, Tokens]:
+        """A few samples, and what the objective makes of them; of a sharded one the samples alone."""
+        device = self.accelerator.device
+        tokens = adapter.tokenize({name: value.to(device) for name, value in probe.few.items()})
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            return {"original": tokens}
+        generator = torch.Generator(device).manual_seed(seed_of(self.seed, "shown"))
+        return self.objective.shown(adapter, tokens, generator)
 
     def logged(self, name: str) -> dict[str, Any]:
         """The last measurement, with what the run began with beside it."""
@@ -223,6 +246,12 @@ class Health:
                 print(f"Health of the run: {self.line(name)}")
 
 
+def takes_pictures(report_to: str | list[str] | None) -> bool:
+    """Whether one of the trackers shows pictures."""
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    return any(name in ("all", "tensorboard", "trackio", "wandb") for name in names)
+
+
 class ProbeSet:
     """A few samples of a run's own training data, always the same ones and, of large samples, the same parts.
 
@@ -232,6 +261,7 @@ class ProbeSet:
 
     Attributes:
         batches: the samples, on the CPU.
+        few: the first of them, for pictures.
         rows: which samples, or of few large ones which valid tokens, are measured.
         labels: of the rows, for probes; None where there are none, or too few of them.
     """
@@ -250,6 +280,7 @@ class ProbeSet:
         items = [(position, item) for position, item in items if not item[1]]  # others stand in for unreadable samples
         groups = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
         self.batches: list[Batch] = [plain.collate([item for _, item in group])["inputs"] for group in groups]
+        self.few: Batch = plain.collate([item for _, item in items[:SHOWN]])["inputs"]
         self.labels = None if labels is None else labels[[position for position, _ in items]]
         self.rows = np.arange(len(items))
         if self.by_token:

@@ -22,9 +22,10 @@ from mmssl.drawings import Cells, Frames, Lines, Network, Points, Spectrogram
 from mmssl.evaluation.report import write_report
 from mmssl.evaluation.report.attention import attention_to_tokens, over_drawing, stretched
 from mmssl.evaluation.report.curves import panels_of, read_metrics
-from mmssl.evaluation.report.embeddings import Embedded, cosine_pairs, histograms, nearest
+from mmssl.evaluation.report.embeddings import Embedded, nearest
 from mmssl.evaluation.report.forms import FORMS, side_by_side
 from mmssl.evaluation.report.html import audio, png
+from mmssl.figures import cosine_pairs, histograms
 from mmssl.modeling import MMSSLConfig, MMSSLModel, make_modality
 from mmssl.training import load_objective
 from tests.matrix.cases import MODALITIES, make_batch
@@ -62,7 +63,7 @@ def test_fewer_rows_than_neighbours() -> None:
 def test_pairs_of_views_and_of_classes_are_those_of_a_slow_loop() -> None:
     vectors, one, two = normal(9, 4), normal(5, 4, seed=1), normal(5, 4, seed=2)
     labels = np.array([0, 1, 0, 2, 1, -1, 0, 2, 2])  # -1: in no class, so in no pair
-    found = cosine_pairs(Embedded(vectors, [""] * 9, labels, ["a", "b", "c"], views=(one, two)))
+    found = cosine_pairs(vectors, labels, (one, two))
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / math.sqrt((a @ a) * (b @ b)))

@@ -10,7 +10,7 @@ from scipy.stats import t, ttest_1samp
 from mmssl.data import DataArguments
 from mmssl.evaluation import Score, evaluate
 from mmssl.evaluation.scores import compare
-from mmssl.evaluation.tables import cells, checked, write_scores
+from mmssl.evaluation.tables import cells, checked, print_scores, write_scores
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 
 RNG = np.random.default_rng(0)
@@ -133,3 +133,14 @@ def test_the_forms_of_a_table(tmp_path: Path) -> None:
 def test_where_a_table_cannot_be_written(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         checked(tmp_path / name)
+
+
+def test_many_protocols_stand_below_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ("raw", "untrained", "pretrained")
+    for count, first in ((6, "features"), (7, "protocol")):
+        print_scores([Score(f"p{n}", row, [n / 10], 10, 20) for row in rows for n in range(count)], "title")
+        printed = [line.replace("┃", "│").split("│") for line in capsys.readouterr().out.splitlines()]
+        table = [[cell.strip() for cell in line[1:-1]] for line in printed if len(line) > 2]
+        assert table[0][0] == first
+    assert table[0][1:] == ["raw features", "untrained encoder", "pretrained encoder"]
+    assert table[1:] == [[f"p{n}", *[f"{n / 10:.3f}"] * 3] for n in range(7)]

@@ -776,7 +776,7 @@ def test_pictures_show_heights_upwards_and_near_points_darker() -> None:
 def test_reconstructions_are_drawn(tmp_path: Path) -> None:
     module = objective({"num_channels": 2})
     path = draw_reconstructions(module, small_batch(modality(num_channels=2), 2), tmp_path / "groups.png")
-    assert path.stat().st_size > 1000
+    assert path is not None and path.stat().st_size > 1000
 
 
 # Labels of points, and features at points.

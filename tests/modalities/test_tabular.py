@@ -925,7 +925,7 @@ def test_pictures(scaling: str, tmp_path: Path) -> None:
         drawn = draw_reconstructions(
             objective, batch_of(made, {k: v[:3] for k, v in table().items()}), tmp_path / "x.png"
         )
-        assert drawn.stat().st_size > 1000
+        assert drawn is not None and drawn.stat().st_size > 1000
 
 
 # ---- Together with the rest -----------------------------------------------------------------------------------------

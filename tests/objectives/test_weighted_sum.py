@@ -144,3 +144,22 @@ def test_a_run_is_saved_and_loaded_whole(tmp_path: Path) -> None:
 def test_bad_terms(terms: dict, weights: dict | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sum(make_model(), terms, weights)
+
+
+def test_the_term_that_makes_something_of_samples_shows_it() -> None:
+    """What masked reconstruction shows by itself; a sum without it shows the samples alone."""
+    terms: dict[str, Any] = {
+        "latent": {"class_path": "LatentPrediction", "init_args": {"views": False}},
+        "masked": {"class_path": "MaskedReconstruction", "init_args": {"decoder_layers": 0, "corruption": "replace"}},
+    }
+    objective = Sum(make_model(), terms).eval()
+    modality = objective.model.adapters["image"]
+    tokens = modality.tokenize(images())
+    found = objective.shown(modality, tokens, torch.Generator().manual_seed(1))
+    (masked,) = (term for term in objective.members() if isinstance(term, MaskedReconstruction))
+    expected = masked.shown(modality, tokens, torch.Generator().manual_seed(1))
+    assert list(found) == list(expected) == ["original", "seen", "reconstructed"]
+    for title, each in expected.items():
+        torch.testing.assert_close(found[title].content, each.content, equal_nan=True)
+    alone = Sum(make_model(), {"latent": terms["latent"]}).eval()
+    assert list(alone.shown(modality, tokens, torch.Generator().manual_seed(1))) == ["original"]

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from mmssl.evaluation.report.html import AXIS, PALETTE, layout, plot
+from mmssl.evaluation.report.html import AXIS, layout, plot
+from mmssl.figures import PALETTE, new_figure, plain
 
 METRICS = "metrics.jsonl"
 MOST = 2000  # points of a curve that are drawn
@@ -36,6 +38,7 @@ NAMES = {
     "health/rank": "rank", "health/std": "std", "health/view_similarity": "two views of a sample",
     "health/other_similarity": "views of two samples",
 }  # fmt: skip
+STYLES = {"solid": "-", "dash": "--", "dot": ":"}  # of matplotlib
 DASHES = {"_start": ("dash", ", start"), "_raw": ("dot", ", raw")}
 
 
@@ -151,3 +154,26 @@ def show(panels: Sequence[Panel]) -> str:
         }
         plots.append(plot(data, layout(250 + 18 * ((len(data) - 1) // 2 if len(data) > 1 else 0), **own), "curve"))
     return f'<div class="curves">{"".join(plots)}</div>'
+
+
+def draw(panels: Sequence[Panel]) -> Figure:
+    """The same for papers."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(4.0 * columns, 2.8 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, panel in zip(axes, panels, strict=False):
+        for curve in panel.curves:
+            known = np.isfinite(curve.values)
+            marker = "o" if known.sum() == 1 else ""
+            style: dict[str, Any] = {"color": curve.color, "marker": marker, "markersize": 3, "linewidth": 1.2}
+            axis.plot(curve.steps, curve.values, STYLES[curve.dash], label=plain(curve.name), **style)
+        axis.set_title(plain(panel.title), loc="left", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+        if len(panel.curves) > 1:
+            axis.legend(fontsize=6, frameon=False)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    figure.supxlabel("step", fontsize=9)
+    return figure

@@ -10,14 +10,14 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from mmssl.data import PreparedSamples
-from mmssl.evaluation.report.html import COLORS, PALETTE, as_json, color_of, layout, plot, thumbnail
+from mmssl.evaluation.report.html import COLORS, as_json, layout, plot, thumbnail
+from mmssl.figures import PALETTE, Group, color_of, histograms, unit
 from mmssl.modalities.base import Modality
 from mmssl.modeling import MMSSLModel
 
 FEWEST = 32  # with fewer samples rows are tokens: a scene or a graph is one sample
 NEIGHBORS = 8
 MOST_VIEWED = 256  # samples of which two views are compared
-BINS = 60
 BATCH = 32
 
 
@@ -98,11 +98,6 @@ def embed_rows(model: MMSSLModel, modality: Modality, dataset: PreparedSamples, 
     return Embedded(rows, names, labels, classes, pictures, both, by_token)  # type: ignore
 
 
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Of length 1, so that dot products are cosines."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
 def nearest(vectors: np.ndarray, count: int = NEIGHBORS) -> tuple[np.ndarray, np.ndarray]:
     """The rows of greatest cosine with each row of (n, D), itself left out: (n, k) long, and their cosines."""
     cosines = unit(vectors) @ unit(vectors).T
@@ -128,7 +123,7 @@ def projections(vectors: np.ndarray) -> dict[str, np.ndarray]:
     return maps | {"UMAP": UMAP(n_neighbors=min(15, len(rows) - 1), random_state=0).fit_transform(rows)}
 
 
-def groups_of(embedded: Embedded) -> list[tuple[str, str, np.ndarray]]:
+def groups_of(embedded: Embedded) -> list[Group]:
     """Name, colour and rows of each class; one group without a name where there are no classes."""
     everything = np.arange(len(embedded.vectors))
     if embedded.labels is None or embedded.labels.dtype.kind == "f":
@@ -192,37 +187,6 @@ def show_map(embedded: Embedded, maps: dict[str, np.ndarray]) -> str:
         f'<div class="beside">{plot(data, layout(520, **own, margin=margin))}'
         '<div class="neighbors"><p class="note">Click on a point to see its nearest neighbours.</p></div></div></div>'
     )
-
-
-def cosine_pairs(embedded: Embedded) -> dict[str, dict[str, np.ndarray]]:
-    """Cosines of pairs by what is compared, and of which pairs: of views, and of classes, as far as there are such."""
-    found = {}
-    if embedded.views is not None and len(embedded.views[0]) > 1:
-        one, other = (unit(view) for view in embedded.views)
-        cosines = one @ other.T
-        different = ~np.eye(len(cosines), dtype=bool)
-        found["views"] = {
-            "two views of one sample": np.diagonal(cosines),
-            "views of two samples": cosines[different],
-        }
-    labels = embedded.labels
-    if labels is not None and labels.dtype.kind != "f":
-        rows = unit(embedded.vectors)
-        first, second = np.triu_indices(len(rows), 1)
-        known = (labels[first] >= 0) & (labels[second] >= 0)
-        first, second = first[known], second[known]
-        cosines, same = (rows @ rows.T)[first, second], labels[first] == labels[second]
-        if same.any() and not same.all():
-            found["classes"] = {"of one class": cosines[same], "of two classes": cosines[~same]}
-    return found
-
-
-def histograms(pairs: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Edges of the bins (BINS + 1,), and for each kind of pairs the share (BINS,) that lies in each of them."""
-    everything = np.concatenate(list(pairs.values()))
-    low, high = float(everything.min()), float(everything.max())
-    edges = np.linspace(low, max(high, low + 1e-6), BINS + 1)
-    return edges, {name: np.histogram(each.clip(low, high), edges)[0] / len(each) for name, each in pairs.items()}
 
 
 def show_similarities(found: dict[str, dict[str, np.ndarray]]) -> str:

@@ -14,14 +14,13 @@ from mmssl.drawings import Cells, Drawing, Frames, Lines, Network, Points, Spect
 from mmssl.evaluation.report.html import (
     AXIS,
     COLORS,
-    PALETTE,
     as_json,
     captioned,
-    color_of,
     layout,
     plot,
     png,
 )
+from mmssl.figures import PALETTE, color_of
 
 SIDE = 160  # pixels of a picture, at least
 MOST_CHANNELS = 6

@@ -4,27 +4,15 @@ import base64
 import io
 import json
 import wave
-from colorsys import hls_to_rgb
 from html import escape
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-# Told apart by most colour-blind people, and seen on light and on dark ground.
-PALETTE = ("#3f8fd0", "#e38b29", "#2fa37c", "#d0506a", "#8f78d2", "#9a7355", "#d77fb8", "#8b929c", "#b0a32e", "#35b2c2")
 GRID = "rgba(128,128,128,0.22)"
 AXIS = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True}
 COLORS = "Viridis"
-
-
-def color_of(number: int, count: int) -> str:
-    """Colours of so many kinds; of more than the palette has, hues around the circle in two shades."""
-    if count <= len(PALETTE):
-        return PALETTE[number]
-    return "#" + "".join(
-        f"{round(255 * part):02x}" for part in hls_to_rgb(number / count, 0.45 + 0.15 * (number % 2), 0.6)
-    )
 
 
 def as_json(value: Any) -> str:

@@ -13,18 +13,18 @@ import torch
 
 from mmssl.data import DataArguments, PreparedSamples, load_samples
 from mmssl.drawings import Drawing
-from mmssl.evaluation.pictures import draw_reconstructions, reconstructed
-from mmssl.evaluation.report import curves, embeddings, figures
+from mmssl.evaluation.report import curves, embeddings
 from mmssl.evaluation.report.attention import asks_class_token, attention_to_tokens, over_drawing, stretched
 from mmssl.evaluation.report.forms import FORMS, side_by_side
 from mmssl.evaluation.report.html import audio, table
 from mmssl.evaluation.splits import readable
+from mmssl.figures import cosine_pairs, draw_map, draw_samples, draw_similarities
 from mmssl.modalities.base import Batch, Modality
 from mmssl.modeling import MMSSLModel
 from mmssl.objectives.base import Objective
-from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 
 SHOWN, ATTENDED = 6, 3  # samples that are drawn, and of which attention is drawn
+DPI = 160
 MOST_ATTENDED = 2048  # tokens of a sample: weights are tokens x tokens
 VERDICTS = {"healthy": "good", "collapsing": "bad", "too early": "unsure"}
 MEASURES = {
@@ -210,7 +210,7 @@ def curve_section(lines: list[dict[str, Any]], modalities: list[str], pictures: 
     panels = curves.panels_of(lines, modalities)
     if not panels:
         return Section("Curves", about="Left out: metrics.jsonl has no line yet.")
-    figures.draw_curves(panels, pictures / "curves.png")
+    curves.draw(panels).savefig(pictures / "curves.png", dpi=DPI)
     known, own = ([panel for panel in panels if panel.own == kind] for kind in (False, True))
     content = curves.show(known)
     if own:
@@ -265,22 +265,20 @@ def sample_section(objective: Objective, looked: Looked, picture: Path) -> Secti
         return Section("Samples", about=f"Left out: {looked.name} has no drawings.")
     numbers, device = some(dataset, SHOWN), objective.trained.device
     batch = looked.batch(numbers, device)
-    masked = next((each for each in objective.modules() if isinstance(each, MaskedReconstruction)), None)
-    if masked is not None:
-        columns = reconstructed(masked, masked.model.adapters[looked.name], modality.tokenize(batch))
+    own = objective.model.adapters[looked.name]  # that of the student, whose head reconstructs
+    columns = objective.eval().shown(own, own.tokenize(batch), torch.Generator(device).manual_seed(0))
+    if len(columns) > 1:
         about = (
             "Each sample as it is, as the encoder sees it, and as it is reconstructed; what was not hidden or altered "
             "is the original's."
         )
-        draw_reconstructions(masked, batch, picture)
+        draw_samples(own, columns).savefig(picture, dpi=DPI)
     elif modality.offers("view"):
         generator = torch.Generator(device).manual_seed(0)
-        columns = {"original": modality.tokenize(batch)}
         for title in ("a view", "another view"):
             columns[title] = modality.tokenize(modality.view(batch, generator).batch)
         about = "Each sample and two random views of it, as the run draws them. Its objective reconstructs nothing."
     else:
-        columns = {"original": modality.tokenize(batch)}
         about = f"Samples as they are: {looked.name} has no views, and the objective reconstructs nothing."
     drawings: dict[str, list[Drawing]] = {title: modality.drawings(tokens) for title, tokens in columns.items()}
     sounds = modality.sounds(batch)
@@ -299,7 +297,8 @@ def map_section(found: embeddings.Embedded, picture: Path) -> Section:
     if not np.isfinite(found.vectors).all():
         return Section("Map of embeddings", about="Left out: some embeddings are not finite.")
     maps = embeddings.projections(found.vectors)
-    figures.draw_map(found, maps, picture)
+    quantities = found.labels if found.labels is not None and found.labels.dtype.kind == "f" else None
+    draw_map(maps, embeddings.groups_of(found), quantities).savefig(picture, dpi=DPI)
     what = (
         "tokens of few large samples, the encoder's output for each"
         if found.of_tokens
@@ -313,11 +312,12 @@ def map_section(found: embeddings.Embedded, picture: Path) -> Section:
 
 
 def similarity_section(found: embeddings.Embedded, modality: Modality, picture: Path) -> Section:
-    pairs = embeddings.cosine_pairs(found) if np.isfinite(found.vectors).all() else {}
+    finite = np.isfinite(found.vectors).all()
+    pairs = cosine_pairs(found.vectors, found.labels, found.views) if finite else {}
     if not pairs:
         views = "the rows are tokens" if found.of_tokens else f"{modality.name} has no views"
         return Section("Similarities", about=f"Left out: {views}, and there are no labels of two classes.")
-    figures.draw_similarities(pairs, picture)
+    draw_similarities(pairs).savefig(picture, dpi=DPI)
     about = (
         "Cosines of pairs of embeddings. Where features are good, the two kinds lie apart; where all are 1, they have "
         "collapsed."
