@@ -18,7 +18,7 @@ from results import append
 
 from mmssl.cli import pretrain_parser, with_source
 from mmssl.data import DataArguments
-from mmssl.evaluation import DEFAULT_PROTOCOLS, evaluate, print_scores
+from mmssl.evaluation import evaluate, print_scores
 from mmssl.evaluation.features import Pooling
 from mmssl.training import pretrain
 from mmssl.training.checkpoint import step_folders
@@ -28,7 +28,7 @@ def main() -> None:
     parser = pretrain_parser()
     parser.add_argument("--name", type=str, required=True, help="Plain name of the data: digits, cifar10, ...")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--protocol", nargs="+", default=list(DEFAULT_PROTOCOLS))
+    parser.add_argument("--protocol", nargs="+", default=None)
     parser.add_argument("--pooling", type=Pooling, default="mean", help="From tokens to samples.")
     parser.add_class_arguments(DataArguments, "probe", help="Labelled samples for the probes. Default: the data.")
     parser.add_class_arguments(DataArguments, "test", help="Labelled samples that the probes are tested on.")

@@ -51,7 +51,7 @@ def with_source(arguments: Sequence[str]) -> list[str]:
 def evaluate_command(arguments: Sequence[str]) -> None:
     """Probe checkpoints beside raw features and untrained encoders."""
     from mmssl.data import DataArguments
-    from mmssl.evaluation import DEFAULT_PROTOCOLS, PROTOCOLS, evaluate, print_scores
+    from mmssl.evaluation import PROTOCOLS, evaluate, print_scores
     from mmssl.evaluation.dense import DENSE_PROTOCOLS
     from mmssl.evaluation.features import Pooling
     from mmssl.evaluation.tables import checked, write_scores
@@ -67,8 +67,9 @@ def evaluate_command(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--protocol",
         nargs="+",
-        default=list(DEFAULT_PROTOCOLS),
-        help=f"Some of {', '.join(PROTOCOLS)}; where pixels or points have labels, of {', '.join(DENSE_PROTOCOLS)}.",
+        default=None,
+        help=f"Some of {', '.join(PROTOCOLS)}. None: knn, linear, and few_shot if there are enough labels. Where "
+        f"pixels or points have labels, of {', '.join(DENSE_PROTOCOLS)}.",
     )
     parser.add_argument("--pooling", type=Pooling, default="mean", help="From tokens to samples.")
     parser.add_argument("--layers", type=list[int] | None, default=None, help="Blocks that dense_* read. None: four.")

@@ -6,10 +6,9 @@ from mmssl.evaluation.evaluate import evaluate
 from mmssl.evaluation.pictures import draw_reconstructions
 from mmssl.evaluation.scores import Score
 from mmssl.evaluation.tables import print_scores
-from mmssl.probes import DEFAULT_PROTOCOLS, PROTOCOLS
+from mmssl.probes import PROTOCOLS
 
 __all__ = [
-    "DEFAULT_PROTOCOLS",
     "PROTOCOLS",
     "Score",
     "closing_words",

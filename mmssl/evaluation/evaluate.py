@@ -17,7 +17,6 @@ from mmssl.evaluation.splits import check_labels, labelled_pair, positions
 from mmssl.modalities.base import Modality
 from mmssl.probes import (
     CROSS_VALIDATED,
-    DEFAULT_PROTOCOLS,
     FOLDS,
     PROTOCOLS,
     RAW_ONLY,
@@ -25,6 +24,7 @@ from mmssl.probes import (
     UNFITTED,
     Points,
     Task,
+    default_protocols,
     quantities,
 )
 
@@ -33,7 +33,7 @@ def evaluate(
     checkpoints: Sequence[str | Path],
     data: DataArguments,
     test: DataArguments | None = None,
-    protocols: Sequence[str] = DEFAULT_PROTOCOLS,
+    protocols: Sequence[str] | None = None,
     modality: str | None = None,
     pooling: Pooling = "mean",
     layers: Sequence[int] | None = None,
@@ -46,7 +46,8 @@ def evaluate(
         data: labelled samples, or samples whose tokens have labels, that the probes are fitted on.
         test: those that they are tested on. None: the published split of tokens or the split "test" of data that come
             with the packages, and of others a stratified fifth of the labels that is held out.
-        protocols: names of ``PROTOCOLS``, or of ``DENSE_PROTOCOLS`` where elements of samples have labels.
+        protocols: names of ``PROTOCOLS``, or of ``DENSE_PROTOCOLS`` where elements of samples have labels. None: "knn",
+            "linear" and, where each class has ten labels or there are a hundred quantities, "few_shot".
         modality: which modality of a model that has several.
         pooling: from tokens to samples: "mean", "max", "sum", "mean_max"; "mean_rows", that of each channel of a
             series; "cls", the class token; or "flatten", all tokens side by side. Raw features are the modality's own.
@@ -58,8 +59,8 @@ def evaluate(
         ValueError: no labels, an unknown protocol, classes in the test data that the training data lack, a pooling
             for labels of tokens, or no test data for a model that was pretrained on labels.
     """
-    dense = set(protocols) & set(DENSE_PROTOCOLS)
-    if unknown := set(protocols) - set(DENSE_PROTOCOLS if dense else PROTOCOLS):
+    dense = set(protocols or ()) & set(DENSE_PROTOCOLS)
+    if unknown := set(protocols or ()) - set(DENSE_PROTOCOLS if dense else PROTOCOLS):
         others = f"{', '.join(PROTOCOLS)}; or, by themselves, of {', '.join(DENSE_PROTOCOLS)}"
         raise ValueError(f"protocols: found {', '.join(sorted(unknown))}; expected some of {others}")
     if pooling not in get_args(Pooling):
@@ -85,7 +86,7 @@ def evaluate(
         adapter = models[0].adapters[names[recipe]]
         if dense:
             samples = dense_pair(data, test, adapter, may_hold_out)
-            scores += measure_dense(rows, adapter, samples, protocols, layers)
+            scores += measure_dense(rows, adapter, samples, list(protocols or ()), layers)
         else:
             scores += measure(rows, adapter, labelled_pair(data, test, adapter, may_hold_out), protocols, pooling)
     return scores
@@ -95,7 +96,7 @@ def measure(
     rows: dict[str, list[AnyModel | None]],
     adapter: Modality,
     samples: tuple[Samples, Samples],
-    protocols: Sequence[str],
+    protocols: Sequence[str] | None,
     pooling: Pooling,
 ) -> list[Score]:
     """Every protocol on the features of every row.
@@ -104,7 +105,7 @@ def measure(
         rows: the models of each row, one for each seed; None for raw features.
         adapter: the modality that reads the samples.
         samples: those that probes are fitted on, and those that they are tested on.
-        protocols: names of ``PROTOCOLS``.
+        protocols: names of ``PROTOCOLS``; None: the default ones.
         pooling: from tokens to samples.
     """
     train, test = samples
@@ -118,6 +119,7 @@ def measure(
     fit, choose, held_out = (
         positions(each, split) for each, split in ((train, "train"), (train, "validation"), (test, "test"))
     )
+    protocols = default_protocols(labels[fit]) if protocols is None else protocols
     everything = len(fit) + len(choose) + len(held_out)
     sizes = {name: (len(fit), len(held_out)) for name in protocols}
     sizes |= dict.fromkeys(UNFITTED, (0, len(held_out)))

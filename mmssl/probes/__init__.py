@@ -4,7 +4,7 @@ from mmssl.probes.base import Points, Protocol, Task, quantities
 from mmssl.probes.clusters import clustering
 from mmssl.probes.episodic import episodes
 from mmssl.probes.kernels import FOLDS, kernel_ridge, svm, svm_standardized
-from mmssl.probes.linear_models import few_shot, linear, linear_probe, linear_svm, low_label
+from mmssl.probes.linear_models import default_protocols, few_shot, linear, linear_probe, linear_svm, low_label
 from mmssl.probes.neighbors import knn, knn_weighted
 from mmssl.probes.nodes import planetoid, planetoid_normalized
 from mmssl.probes.nonlinear import boosting, mlp
@@ -31,7 +31,6 @@ PROTOCOLS: dict[str, Protocol] = {
     "planetoid": planetoid,
     "planetoid_normalized": planetoid_normalized,
 }
-DEFAULT_PROTOCOLS = ("knn", "linear", "few_shot")
 RAW_ONLY = ("boosting",)  # a baseline on columns as they are: trees do not read embeddings well
 CROSS_VALIDATED = ("svm", "svm_standardized")  # test all labels, each once
 UNFITTED = ("episodes", "retrieval", "clustering")  # fit nothing on the training samples
@@ -41,7 +40,6 @@ READS: dict[str, str] = {"attentive": "tokens", "weighted_layers": "layers"}
 
 __all__ = [
     "CROSS_VALIDATED",
-    "DEFAULT_PROTOCOLS",
     "FOLDS",
     "PROTOCOLS",
     "RAW_ONLY",
@@ -50,6 +48,7 @@ __all__ = [
     "Points",
     "Protocol",
     "Task",
+    "default_protocols",
     "linear_probe",
     "quantities",
 ]

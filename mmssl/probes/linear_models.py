@@ -48,9 +48,25 @@ def few_shot(task: Task) -> Points:
 
     The penalty is chosen by cross-validation of the drawn labels alone: a validation set would be more shots.
     """
-    shots = 10 * SHOTS if quantities(task.train_labels) else SHOTS
+    fewest, shots = shots_of(task.train_labels)
+    if fewest < shots:
+        what = "labels" if quantities(task.train_labels) else "labels of a class"
+        raise ValueError(f"found {fewest} {what}; expected at least {shots}: leave few_shot out, or use low_label")
     found = [graded(cross_validated(task, index).predict(task.test), task) for index in draws(task, lambda _: shots)]
     return {metric: np.mean([points[metric] for points in found], axis=0) for metric in found[0]}
+
+
+def shots_of(labels: np.ndarray) -> tuple[int, int]:
+    """How many labels the rarest class has, or how many quantities there are, and how many few_shot draws of them."""
+    if quantities(labels):
+        return len(labels), 10 * SHOTS
+    return int(np.unique(labels, return_counts=True)[1].min()), SHOTS
+
+
+def default_protocols(labels: np.ndarray) -> list[str]:
+    """knn and linear, and few_shot where there are enough labels for it."""
+    fewest, shots = shots_of(labels)
+    return ["knn", "linear", *(["few_shot"] if fewest >= shots else [])]
 
 
 def low_label(task: Task) -> Points:

@@ -134,8 +134,15 @@ def test_values_are_those_of_the_protocols(tmp_path: Path, calls: list[Task]) ->
 
 
 def test_the_protocols_that_are_the_default(tmp_path: Path) -> None:
-    scores = evaluate(save(tmp_path, 0), DataArguments("digits", max_samples=160))
-    assert [score.protocol for score in scores] == ["knn", "linear", "few_shot"] * 3
+    """few_shot where each class has ten labels; of the first 160 digits some class has fewer."""
+    folders = save(tmp_path, 0)
+    for count, names in ((300, ["knn", "linear", "few_shot"]), (160, ["knn", "linear"])):
+        data = DataArguments("digits", max_samples=count)
+        labels = load_digits().target[np.random.RandomState(0).permutation(1797)[:count]]
+        assert (np.bincount(labels).min() >= 10) == ("few_shot" in names)
+        assert [score.protocol for score in evaluate(folders, data)] == names * 3
+    with pytest.raises(ValueError, match=r"protocol few_shot: found [0-9] labels of a class; expected at least 10"):
+        evaluate(folders, data, protocols=["few_shot"])
 
 
 def test_two_evaluations_give_the_same_features(tmp_path: Path, calls: list[Task]) -> None:

@@ -22,7 +22,7 @@ from mmssl.drawings import Cells, Frames, Lines, Network, Points, Spectrogram
 from mmssl.evaluation.report import write_report
 from mmssl.evaluation.report.attention import attention_to_tokens, over_drawing, stretched
 from mmssl.evaluation.report.curves import panels_of, read_metrics
-from mmssl.evaluation.report.embeddings import Embedded, nearest
+from mmssl.evaluation.report.embeddings import nearest
 from mmssl.evaluation.report.forms import FORMS, side_by_side
 from mmssl.evaluation.report.html import audio, png
 from mmssl.figures import cosine_pairs, histograms

@@ -9,7 +9,7 @@ from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold, Strati
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mmssl.probes import PROTOCOLS, Task
+from mmssl.probes import PROTOCOLS, Task, default_protocols
 from mmssl.probes.linear_models import draws
 from tests.probes.synthetic import make, measured, quantities, r_squared, standardise
 
@@ -112,3 +112,12 @@ def test_low_label_of_pixels_of_digits_grows_with_the_labels() -> None:
     pixels, labels = load_digits(return_X_y=True)
     found = PROTOCOLS["low_label"](Task(pixels[:1000], labels[:1000], pixels[1000:], labels[1000:]))
     assert 0.3 < found["1 %"].mean() < 0.7 < found["10 %"].mean() < 0.95
+
+
+@pytest.mark.parametrize("count, names", [(99, ["knn", "linear"]), (100, ["knn", "linear", "few_shot"])])
+def test_few_shot_of_quantities_needs_a_hundred(count: int, names: list[str]) -> None:
+    train, labels, test, test_labels = quantities(train=count)
+    assert default_protocols(labels) == names
+    if "few_shot" not in names:
+        with pytest.raises(ValueError, match="found 99 labels; expected at least 100"):
+            measured("few_shot", train, labels, test, test_labels)
