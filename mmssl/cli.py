@@ -1,4 +1,4 @@
-"""The ``mmssl`` command: pretrain, evaluate, finetune, forecast, cka, embed, report, list."""
+"""The ``mmssl`` command: pretrain, evaluate, finetune, forecast, cka, embed, report, push, export, list."""
 
 import json
 import sys
@@ -175,6 +175,28 @@ def report_command(arguments: Sequence[str]) -> None:
     print(f"The page is {path}, its pictures for papers are in {path.with_suffix('')}")
 
 
+def push_command(arguments: Sequence[str]) -> None:
+    """Upload a finished run to the Hugging Face Hub, with a card that says what it is."""
+    from mmssl.hub import push
+
+    parser = ArgumentParser(prog="mmssl push", description=push_command.__doc__)
+    parser.add_function_arguments(push, as_positional=True)
+    print(f"The model is on the Hub: {push(**vars(parser.instantiate(parser.parse_args(list(arguments)))))}")
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Write an encoder for programs without mmssl: with its code, as a plain model, for timm or ONNX."""
+    from mmssl.export import export
+
+    parser = ArgumentParser(prog="mmssl export", description=export_command.__doc__)
+    parser.add_argument("checkpoint", help="Folder of a finished run, or a Hub name.")
+    parser.add_function_arguments(export, skip={"checkpoint", "output"})
+    parser.add_argument("--output", required=True, help="New or empty folder to write to.")
+    config = vars(parser.instantiate(parser.parse_args(list(arguments))))
+    export(**config)
+    print(f"The model is in {config['output']}")
+
+
 def list_command(arguments: Sequence[str]) -> None:
     """Show the modalities, objectives, protocols and data sets there are."""
     from rich.console import Console
@@ -273,6 +295,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "cka": cka_command,
     "embed": embed_command,
     "report": report_command,
+    "push": push_command,
+    "export": export_command,
     "list": list_command,
 }
 
