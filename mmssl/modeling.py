@@ -1,10 +1,12 @@
 """The Hugging Face side of a pretrained encoder: ``AutoConfig`` and ``AutoModel`` load these classes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, fields
+from typing import Any, Self, cast, get_args
 
 import torch
+from huggingface_hub.dataclasses import type_validator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -47,6 +49,26 @@ class MMSSLConfig(PreTrainedConfig, EncoderConfig):
             name: make_modality(name, options).options() for name, options in sorted((self.modalities or {}).items())
         }
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> Any:
+        """From what a file says; errors name the file.
+
+        Raises:
+            ValueError: a value that is not of its option's type, or what the class itself refuses.
+        """
+        folder = kwargs.get("name_or_path")
+        types = {field.name: field.type for field in fields(EncoderConfig)}
+        types["modalities"] = dict[str, dict[str, Any]] | None
+        try:
+            for name in types.keys() & config_dict.keys():
+                value, expected = config_dict[name], types[name]
+                if isinstance(value, int) and float in (expected, *get_args(expected)):
+                    value = float(value)  # JSON does not tell 0 from 0.0
+                type_validator(name, value, expected)
+            return super().from_dict(config_dict, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder}/config.json: {error}" if folder else f"config.json: {error}") from error
 
 
 @dataclass
@@ -95,6 +117,17 @@ class MMSSLModel(PreTrainedModel):
         self.main_input_name = next(iter(self.adapters.values())).inputs[0]
         self.encoder = Encoder(config)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args, **kwargs) -> Self:
+        """As transformers does it; raises a ValueError that names the file where the weights are damaged."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: model.safetensors is cut off or damaged ({error}); copy or download "
+                "it again"
+            ) from error
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

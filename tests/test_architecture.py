@@ -43,7 +43,7 @@ ENCODING = {
 }
 MODEL = {*ENCODING, "modalities", "modeling", "heads", "feature_queue"}
 USERS = {*MODEL, "processing", "task_models", "objectives", "data", "probes"}
-EVERYTHING = {*USERS, "figures", "export", "hub", "training", "evaluation", "cli", "mmssl"}
+EVERYTHING = {*USERS, "figures", "export", "model_card", "hub", "training", "evaluation", "cli", "mmssl"}
 MAY_IMPORT = {
     "discovery": set(),
     "version": set(),
@@ -78,7 +78,8 @@ MAY_IMPORT = {
     "export": {*USERS, "training"},
     "objectives": MODEL,
     "data": {*ENCODING, "modalities"},
-    "hub": {*USERS, "evaluation"},
+    "model_card": {*USERS, "evaluation"},
+    "hub": {*USERS, "evaluation", "model_card"},
     "training": {*USERS, "figures", "hub"},
     "evaluation": {*USERS, "figures"},
     # mmssl/__init__.py: what `import mmssl` brings; training when first used, the test of a light import sees to that

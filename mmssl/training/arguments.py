@@ -100,7 +100,11 @@ class TrainArguments:
         resume_from_checkpoint: folder of a checkpoint, or "latest" for the newest of output_dir.
         attn_implementation: attention function: "sdpa", "eager", "flash_attention_2", "flex_attention", ...
         activation_checkpointing: recompute the encoder's blocks in the backward pass: less memory, more time.
-        report_to: trackers of accelerate ("tensorboard", "trackio", "wandb", ...) beside metrics.jsonl.
+        report_to: trackers of accelerate ("tensorboard", "trackio", "wandb", ...) beside metrics.jsonl. These also
+            get pictures with each look at health: samples and reconstructions, a map of embeddings, similarities.
+        push_to_hub: upload the model to the Hugging Face Hub, at each checkpoint in the background and at the end.
+        hub_model_id: where to on the Hub, "user/name"; made if it is not there.
+        hub_private_repo: whether only its owner sees it. None: as it is, or as the owner's settings say.
     """
 
     output_dir: str = "runs/pretrain"
@@ -134,16 +138,25 @@ class TrainArguments:
     attn_implementation: str = "sdpa"
     activation_checkpointing: bool = False
     report_to: str | list[str] | None = None
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool | None = None
 
     # A resumed run may differ in these. A new number of steps stretches the schedule from there on.
     FREE = (
         "output_dir", "overwrite_output_dir", "num_train_epochs", "max_train_steps", "dataloader_num_workers",
         "logging_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
         "activation_checkpointing", "report_to", "health_steps", "metric_for_best_model",
-        "on_nonfinite", "data.max_failed",
+        "on_nonfinite", "data.max_failed", "push_to_hub", "hub_model_id", "hub_private_repo",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("push_to_hub: found no hub_model_id; expected --train.hub_model_id user/name")
+        if not self.push_to_hub and (self.hub_model_id or self.hub_private_repo is not None):
+            raise ValueError(
+                "push_to_hub: found False, and a hub_model_id or hub_private_repo; set it to true, or leave those out"
+            )
         if self.metric_for_best_model and self.health_steps is None:
             raise ValueError(
                 f"metric_for_best_model {self.metric_for_best_model}: found health_steps None; expected a number, "

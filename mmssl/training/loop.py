@@ -5,8 +5,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 from mmssl.data import DataArguments
 from mmssl.discovery import options_of
 from mmssl.encoder import EncoderConfig
+from mmssl.hub import Uploads
 from mmssl.modalities.base import Modality
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.base import Objective, ObjectiveOutput
@@ -103,6 +105,8 @@ def pretrain(
         kwargs_handlers=joint,
     )
     check_output_dir(output_dir, train)
+    hub = Uploads(accelerator, output_dir, train.hub_model_id, train.hub_private_repo)
+    hub.begin()
     if model.peft_type and train.metric_for_best_model:
         raise ValueError(
             "metric_for_best_model: peft's additions are merged at the end alone; leave one of the two out"
@@ -149,8 +153,9 @@ def pretrain(
     health = Health(accelerator, plain, streams, train, total_steps)
     failures = Failures(accelerator, streams, sources, train)
     run = Run(
-        accelerator, wrapped, optimizer, streams, train, total_steps, record, metrics, guard, health, failures, progress
-    )
+        accelerator, wrapped, optimizer, streams, train, total_steps, record,
+        metrics, guard, health, failures, progress, hub,
+    )  # fmt: skip
     accelerator.register_for_checkpointing(run.progress, *streams.values(), guard, health)
 
     if checkpoint is not None:
@@ -169,8 +174,7 @@ def pretrain(
     health.begin(progress.step)
     run.to_the_end()
 
-    record |= {"steps": total_steps, "minutes": run.progress.seconds / 60, "device": device_name(accelerator.device)}
-    record["health"] = health.summary()
+    record |= run.standing()
     if model.peft_type:
         merge_peft_layers(plain)
     save_model(accelerator, wrapped, output_dir / ".model", record)
@@ -180,6 +184,7 @@ def pretrain(
         (output_dir / ".model").rmdir()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    hub.finish()
     return output_dir
 
 
@@ -189,10 +194,14 @@ def save_model(accelerator: Accelerator, module: nn.Module, folder: Path, record
     state = accelerator.get_state_dict(module)  # by all processes, as each may have a part of it
     with whole_or_not(accelerator, folder) as temporary:
         if accelerator.is_main_process:
-            save_weights(plain, state, temporary)
-            options = plain.trained.config.modalities
-            MMSSLProcessor(MMSSLFeatureExtractor(options)).save_pretrained(temporary)
-            (temporary / RECORD).write_text(json.dumps(record, indent=2))
+            write_model(plain, state, temporary, record)
+
+
+def write_model(plain: Objective, state: dict[str, Tensor], folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the model of these weights, the objective's own ones, the processor and the record, by one process."""
+    save_weights(plain, state, folder)
+    MMSSLProcessor(MMSSLFeatureExtractor(plain.trained.config.modalities)).save_pretrained(folder)
+    (folder / RECORD).write_text(json.dumps(record, indent=2))
 
 
 def build(
@@ -261,6 +270,7 @@ class Run:
         guard: sees to steps that are not finite.
         health: measures what features are worth.
         failures: knows the samples that could not be read.
+        hub: uploads the model at checkpoints, if that is asked for.
     """
 
     accelerator: Accelerator
@@ -275,6 +285,12 @@ class Run:
     health: Health
     failures: Failures
     progress: Progress
+    hub: Uploads
+
+    def standing(self) -> dict[str, Any]:
+        """What the record says of a run that has come this far."""
+        done = {"steps": self.progress.step, "minutes": self.progress.seconds / 60}
+        return {**done, "device": device_name(self.accelerator.device), "health": self.health.summary()}
 
     def to_the_end(self) -> None:
         """Train until ``total_steps`` optimiser steps are done.
@@ -333,6 +349,9 @@ class Run:
             if saves or stops:
                 output_dir, limit = Path(train.output_dir), train.checkpoints_total_limit
                 saved = save_checkpoint(accelerator, output_dir, progress.step, self.record, limit, keep=anneals)
+            if saves and not stops and progress.step < self.total_steps:
+                record = self.record | self.standing() | {"total_steps": self.total_steps}
+                self.hub.checkpoint(self.module, record, partial(write_model, accelerator.unwrap_model(self.module)))
             if stops and progress.step < self.total_steps:
                 bar.close()
                 accelerator.print(
