@@ -23,7 +23,9 @@ from mmssl import MMSSLConfig, MMSSLFeatureExtractor, MMSSLForSequenceClassifica
 from mmssl.cli import main
 from mmssl.discovery import names
 from mmssl.encoder import EncoderConfig
-from mmssl.export import NEEDED, code_of, export, self_contained, to_onnx, to_timm, to_transformers, without_demands
+from mmssl.export import export, self_contained, to_onnx, to_timm, to_transformers
+from mmssl.export.plain_models import NEEDED
+from mmssl.export.remote_code import code_of, without_demands
 from mmssl.modeling import make_modality
 from tests.matrix.cases import MODALITIES
 
@@ -375,7 +377,7 @@ def test_onnx_computes_the_same(class_token: bool, tmp_path: Path) -> None:
 
 
 def test_onnx_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmssl.export.find_spec", lambda name: None)
+    monkeypatch.setattr("mmssl.export.plain_models.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install onnx onnxscript"):
         to_onnx(make_model({"image": IMAGE}), tmp_path)
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from torch import Tensor
 
 from mmssl.data import PreparedSamples
 from mmssl.evaluation.report.html import COLORS, as_json, layout, plot, thumbnail
@@ -60,7 +61,10 @@ def embed_rows(model: MMSSLModel, modality: Modality, dataset: PreparedSamples, 
     model.eval()
     samples, by_token = dataset.samples, len(dataset.samples) < FEWEST
     first = model.encoder.num_prefix_tokens
-    vectors, names, pictures, views = [], [], [], ([], [])  # type: ignore
+    vectors: list[Tensor] = []
+    views: tuple[list[Tensor], list[Tensor]] = ([], [])
+    names: list[str] = []
+    pictures: list[str] = []
     sources: list[int] = []
     generator = torch.Generator(model.device).manual_seed(0)
     for start in range(0, len(samples), BATCH):
@@ -94,8 +98,8 @@ def embed_rows(model: MMSSLModel, modality: Modality, dataset: PreparedSamples, 
         kept = np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)
         names = [f"{samples.name(int(source[i]))}, token {within[i]}" for i in kept]
         rows, labels = rows[kept], None if labels is None else labels[kept]
-    both = tuple(torch.cat(side).numpy() for side in views) if views[0] else None
-    return Embedded(rows, names, labels, classes, pictures, both, by_token)  # type: ignore
+    both = (torch.cat(views[0]).numpy(), torch.cat(views[1]).numpy()) if views[0] else None
+    return Embedded(rows, names, labels, classes, pictures, both, by_token)
 
 
 def nearest(vectors: np.ndarray, count: int = NEIGHBORS) -> tuple[np.ndarray, np.ndarray]:

@@ -1,23 +1,14 @@
-"""A trained encoder for programs without mmssl: with its code beside it, or as a plain model of another library.
+"""An encoder as a plain model of another library: the same numbers, or a refusal."""
 
-Whatever is written computes the same as the encoder; an option that the other library does not have is refused.
-"""
-
-import ast
-import inspect
 import json
-import re
-import sys
-from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -30,126 +21,10 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from mmssl import discovery, task_models
-from mmssl.modalities.base import Modality
 from mmssl.modalities.image import Image
 from mmssl.modalities.video import Video
-from mmssl.modeling import MMSSLConfig, MMSSLModel
-from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
-from mmssl.task_models import TaskModel
+from mmssl.modeling import MMSSLModel
 from mmssl.training.vision_weights import VIT_BLOCK
-from mmssl.version import __version__
-
-# With the code beside the weights
-
-MODEL_CLASSES = {
-    "AutoConfig": "modeling.MMSSLConfig",
-    "AutoModel": "modeling.MMSSLModel",
-    **dict.fromkeys(
-        [
-            "AutoModelForSequenceClassification",
-            "AutoModelForImageClassification",
-            "AutoModelForAudioClassification",
-            "AutoModelForVideoClassification",
-        ],
-        "task_models.MMSSLForSequenceClassification",
-    ),
-    "AutoModelForTokenClassification": "task_models.MMSSLForTokenClassification",
-    "AutoModelForSemanticSegmentation": "task_models.MMSSLForSemanticSegmentation",
-    "AutoModelForTimeSeriesPrediction": "task_models.MMSSLForForecasting",
-}
-PROCESSOR_CLASSES = {
-    "AutoProcessor": "processing.MMSSLProcessor",
-    "AutoFeatureExtractor": "processing.MMSSLFeatureExtractor",
-}
-OWN_IMPORT = re.compile(r"^(\s*)from (mmssl(?:\.\w+)*)\.(\w+) import", flags=re.MULTILINE)
-
-
-def self_contained(model: MMSSLModel | TaskModel, folder: str | Path) -> None:
-    """Save a model, with a head or without, its processor, and the code of both.
-
-    ``AutoModel`` and ``AutoProcessor`` load them with ``trust_remote_code=True`` where mmssl is not installed, and
-    take mmssl's own code where it is imported.
-    """
-    folder = Path(folder)
-    model.save_pretrained(folder)
-    MMSSLProcessor(MMSSLFeatureExtractor(model.config.modalities)).save_pretrained(folder)
-    encoder = model.mmssl if isinstance(model, TaskModel) else model
-    for name, text in code_of(encoder.adapters.values()).items():
-        (folder / f"{name}.py").write_text(text)
-    about = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**about, "auto_map": MODEL_CLASSES}, indent=2))
-    about = json.loads((folder / "processor_config.json").read_text())
-    about |= {"auto_map": PROCESSOR_CLASSES}
-    about["feature_extractor"] |= {"auto_map": PROCESSOR_CLASSES}
-    (folder / "processor_config.json").write_text(json.dumps(about, indent=2))
-
-
-def code_of(modalities: Iterable[Modality]) -> dict[str, str]:
-    """The modules that models of these modalities need, by the names of their files.
-
-    They lie in one folder, which is all that ``trust_remote_code`` reads, and import each other from there.
-    """
-    chosen = {each.name: type(each) for each in modalities}
-    todo, found = ["mmssl.modeling", "mmssl.processing", "mmssl.task_models"], dict[str, str]()
-    todo += [each.__module__ for each in chosen.values()]
-    origins: dict[str, str] = {}
-    while todo:
-        module = todo.pop()
-        name = module.rpartition(".")[2]
-        if origins.setdefault(name, module) != module:
-            raise ValueError(f"{module} and {origins[name]} cannot lie in one folder; rename one of them")
-        if name in found:
-            continue
-        if module == "mmssl.discovery":
-            text = finder(chosen)
-        else:
-            spec = find_spec(module)
-            assert spec is not None and spec.origin is not None
-            text = without_demands(Path(spec.origin).read_text())
-        todo += [f"{package}.{name}" for _, package, name in OWN_IMPORT.findall(text)]
-        found[name] = f"# Written by mmssl {__version__}, licence Apache-2.0.\n" + OWN_IMPORT.sub(
-            r"\1from .\3 import", text
-        )
-    return found
-
-
-def finder(modalities: dict[str, type]) -> str:
-    """In place of ``mmssl.discovery``, which looks into folders: these modalities alone."""
-    branch = "    if name == {0!r}:\n        from {1} import {2}\n\n        return {2}\n"
-    branches = "".join(branch.format(name, cls.__module__, cls.__name__) for name, cls in modalities.items())
-    message = f'f"found modality {{name!r}}; this checkpoint has: {", ".join(modalities)}"'
-    kept = "\n\n".join(inspect.getsource(each) for each in (discovery.option_names, discovery.options_of))
-    return (
-        '"""Finds the modalities of this checkpoint."""\n\nimport inspect\nfrom typing import Any\n\n\n'
-        f"def find(package: str, name: str, base: type) -> type:\n{branches}    raise ValueError({message})\n\n\n{kept}"
-    )
-
-
-def without_demands(source: str) -> str:
-    """Imports inside of functions are wrapped in ``try``: transformers demands all others before it loads a file."""
-    lines = source.splitlines(keepends=True)
-    for node in reversed(late_imports(ast.parse(source))):
-        indent = " " * node.col_offset
-        body = [f"    {line}" for line in lines[node.lineno - 1 : node.end_lineno]]
-        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}try:\n", *body, f"{indent}finally:\n{indent}    pass\n"]
-    return "".join(lines)
-
-
-def late_imports(node: ast.AST) -> list[ast.Import | ast.ImportFrom]:
-    """Imports of other libraries below the top of a module, in the order of their lines, those in ``try`` left out."""
-    found: list[ast.Import | ast.ImportFrom] = []
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import | ast.ImportFrom) and child.col_offset:
-            names = [child.module or ""] if isinstance(child, ast.ImportFrom) else [each.name for each in child.names]
-            if not {name.partition(".")[0] for name in names} <= {"mmssl", *sys.stdlib_module_names}:
-                found.append(child)
-        elif not isinstance(child, ast.Try):
-            found += late_imports(child)
-    return found
-
-
-# As plain models of transformers
 
 NEEDED: dict[str, Any] = {
     "residual": True,
@@ -448,44 +323,3 @@ def image_alone(adapter: Image | Video) -> Image:
     if not isinstance(adapter, Image):
         raise ValueError(f"{adapter.name}: found an encoder of clips; this format is for images. Use self_contained")
     return adapter
-
-
-# The command
-
-FORMATS = {"transformers": to_transformers, "timm": to_timm, "onnx": to_onnx}
-
-
-def export(
-    checkpoint: str,
-    output: str,
-    format: Literal["self_contained", "transformers", "timm", "onnx"] = "self_contained",
-    modality: str | None = None,
-) -> None:
-    """Write a checkpoint for programs that do not have mmssl.
-
-    Args:
-        checkpoint: folder of a finished run, or a Hub name.
-        output: new or empty folder to write to.
-        format: self_contained puts the code beside the weights, of any modality, with a head or without; transformers
-            (images, videos), timm and onnx (images) are plain models of the encoder alone.
-        modality: which one of a model that has several, for a plain model.
-
-    Raises:
-        ValueError: no checkpoint of mmssl, a folder that is not empty, or an encoder that the format cannot be the same
-            as.
-    """
-    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
-        raise ValueError(f"output: {output} is not empty; expected a new folder")
-    if Path(checkpoint).exists() and not (Path(checkpoint) / "config.json").is_file():
-        raise ValueError(f"{checkpoint} holds no model (no config.json); expected the folder of a finished run")
-    config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, MMSSLConfig):
-        raise ValueError(f"{checkpoint}: found a model of type {config.model_type}; expected one of mmssl")
-    if format != "self_contained":
-        FORMATS[format](MMSSLModel.from_pretrained(checkpoint, use_safetensors=True), output, modality)
-        return
-    if modality is not None:
-        raise ValueError(f"modality: found {modality}; a self_contained model keeps all it has: leave the flag out")
-    (name,) = config.architectures or [MMSSLModel.__name__]
-    kind = MMSSLModel if name == MMSSLModel.__name__ else getattr(task_models, name)
-    self_contained(kind.from_pretrained(checkpoint, use_safetensors=True), output)
