@@ -67,31 +67,37 @@ class Comparison:
 
 
 def compare(scores: Sequence[Score]) -> list[Comparison]:
-    """Each encoder that was pretrained with each other row, where both were tested on the same things."""
+    """Each pretrained encoder with its own baselines and with the others before it, on the same tested things."""
     found = []
-    for i, score in enumerate(scores):
-        for other in [each for j, each in enumerate(scores) if j < i or not each.row.startswith("pretrained")]:
+    for number, score in enumerate(scores):
+        if not score.row.startswith("pretrained"):
+            continue
+        beside = [other for other in scores[:number] if other.row.startswith("pretrained")]
+        for other in [*baselines_of(score, scores), *beside]:
             same = (score.protocol, score.metric) == (other.protocol, other.metric)
-            if not (same and score.row.startswith("pretrained") and score.points is not None):
-                continue
-            if other.points is None or len(other.points) != len(score.points) or len(score.points) < 2:
-                continue
-            difference = score.points - other.points
-            low = high = difference.mean()
-            p_value = float(low == 0)  # where all differ by the same, which is nearly always by nothing
-            if np.ptp(difference) > 1e-9:
-                test = ttest_rel(score.points, other.points)
-                (low, high), p_value = test.confidence_interval(), test.pvalue
-            found.append(
-                Comparison(
-                    score.protocol,
-                    score.metric,
-                    score.row,
-                    other.row,
-                    float(difference.mean()),
-                    float(low),
-                    float(high),
-                    float(p_value),
-                )
-            )
+            if same and (comparison := paired(score, other)):
+                found.append(comparison)
     return found
+
+
+def baselines_of(score: Score, scores: Sequence[Score]) -> list[Score]:
+    """The rows of raw features and untrained encoders that have its name; where there are none, all of the kind."""
+    name, found = score.row.partition(" ")[2], []
+    for kind in ("raw", "untrained"):
+        every = [other for other in scores if other.row.partition(" ")[0] == kind]
+        found += [other for other in every if other.row.partition(" ")[2] == name] or every
+    return found
+
+
+def paired(score: Score, other: Score) -> Comparison | None:
+    """The paired t-test of two scores; None where they are not of the same several things."""
+    if score.points is None or other.points is None or len(other.points) != len(score.points) or len(score.points) < 2:
+        return None
+    difference = score.points - other.points
+    low = high = difference.mean()
+    p_value = float(low == 0)  # where all differ by the same, which is nearly always by nothing
+    if np.ptp(difference) > 1e-9:
+        test = ttest_rel(score.points, other.points)
+        (low, high), p_value = test.confidence_interval(), test.pvalue
+    rows = score.protocol, score.metric, score.row, other.row
+    return Comparison(*rows, float(difference.mean()), float(low), float(high), float(p_value))

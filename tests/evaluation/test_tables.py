@@ -61,6 +61,16 @@ def test_rows_are_compared_within_a_metric_and_each_pair_once() -> None:
     }
 
 
+def test_a_recipe_is_compared_with_the_baselines_that_have_its_name() -> None:
+    """Raw features are shared, c has the shape of a; b has an untrained encoder of its own."""
+    rows = ["raw", "untrained a", "pretrained a", "untrained b", "pretrained b", "pretrained c"]
+    pairs = {(each.row, each.other) for each in compare([score(row, RNG.random(30)) for row in rows])}
+    own = {("pretrained a", "untrained a"), ("pretrained b", "untrained b")}
+    unnamed = {("pretrained c", "untrained a"), ("pretrained c", "untrained b")}
+    before = {("pretrained b", "pretrained a"), ("pretrained c", "pretrained a"), ("pretrained c", "pretrained b")}
+    assert pairs == own | unnamed | before | {(f"pretrained {name}", "raw") for name in "abc"}
+
+
 @pytest.mark.parametrize("shift, p_value", [(0.0, 1.0), (0.5, 0.0)])
 def test_rows_that_differ_everywhere_by_the_same(shift: float, p_value: float) -> None:
     points = RNG.integers(0, 2, 50).astype(float)
