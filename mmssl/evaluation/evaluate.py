@@ -15,6 +15,7 @@ from mmssl.evaluation.models import AnyModel, fresh, learned_labels, load_model,
 from mmssl.evaluation.scores import Score
 from mmssl.evaluation.splits import check_labels, labelled_pair, positions
 from mmssl.modalities.base import Modality
+from mmssl.modeling import MMSSLConfig
 from mmssl.probes import (
     CROSS_VALIDATED,
     FOLDS,
@@ -27,6 +28,13 @@ from mmssl.probes import (
     default_protocols,
     quantities,
 )
+
+# Flags that seeds of one recipe may differ in: where and when a run stopped, resumed or wrote changes no number of it.
+NO_RECIPE = (
+    "seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "dataloader_num_workers", "report_to",
+    "checkpointing_steps", "checkpoints_total_limit", "logging_steps", "health_steps", "push_to_hub", "hub_model_id",
+    "hub_private_repo",
+)  # fmt: skip
 
 
 def evaluate(
@@ -175,13 +183,15 @@ def by_recipe(checkpoints: Sequence[str | Path]) -> dict[str, list[str | Path]]:
 
 
 def recipe_of(checkpoint: str | Path) -> str:
-    """What a run was but for its seed; of what has no record of its run, its configuration."""
+    """What a run was but for its seed; of a model of mmssl without a record its configuration; of others their name."""
     record, config = (Path(checkpoint) / name for name in ("run.json", "config.json"))
     if record.is_file():
         run = json.loads(record.read_text())
-        run["train"] = {key: value for key, value in run["train"].items() if key not in ("seed", "output_dir")}
-        return json.dumps([run.get(key) for key in ("modality", "objective", "encoder", "data", "also", "train")])
-    return config.read_text() if config.is_file() else str(checkpoint)
+        run["train"] = {key: value for key, value in run["train"].items() if key not in NO_RECIPE}
+        kept = ("modality", "objective", "encoder", "data", "also", "train", "model", "steps")
+        return json.dumps([run.get(key) for key in kept])
+    own = config.is_file() and json.loads(config.read_text()).get("model_type") == MMSSLConfig.model_type
+    return config.read_text() if own else str(checkpoint)
 
 
 def row_name(kind: str, recipe: str, kinds: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from scipy.stats import t, ttest_1samp
 
 from mmssl.data import DataArguments
 from mmssl.evaluation import Score, evaluate
+from mmssl.evaluation.evaluate import recipe_of
 from mmssl.evaluation.scores import compare
 from mmssl.evaluation.tables import cells, checked, print_scores, write_scores
 from mmssl.modeling import MMSSLConfig, MMSSLModel
@@ -108,6 +109,22 @@ def test_seeds_of_a_recipe_are_one_row_and_recipes_stand_beside_each_other(tmp_p
     assert found == ["raw", *(f"{kind} {folder}" for folder in (other, wider) for kind in kinds)]
     found = [score.row for score in evaluate([other, finer], digits, protocols=["knn"])]
     assert found == [f"{kind} {folder}" for folder in (other, finer) for kind in ("raw", *kinds)]
+
+
+def test_what_makes_another_recipe(tmp_path: Path) -> None:
+    """Where a run began does; that it was resumed does not. Encoders of others are never seeds of each other."""
+    first = save(tmp_path / "a", 0, model={"init_from": None})
+    assert recipe_of(first) == recipe_of(save(tmp_path / "b", 1, model={"init_from": None}))
+    assert recipe_of(first) != recipe_of(save(tmp_path / "c", 1, model={"init_from": "elsewhere"}))
+    resumed = save(tmp_path / "d", 1, model={"init_from": None})
+    record = json.loads((resumed / "run.json").read_text())
+    record["train"]["resume_from_checkpoint"] = "latest"
+    (resumed / "run.json").write_text(json.dumps(record))
+    assert recipe_of(first) == recipe_of(resumed)
+    for name in ("e", "f"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "vit"}')
+    assert recipe_of(tmp_path / "e") != recipe_of(tmp_path / "f")
 
 
 TABLE = [
