@@ -87,3 +87,58 @@ class IndexPositions(nn.Module):
 
     def forward(self, coords: Tensor) -> Tensor:
         return nn.functional.embedding(coords[..., 0].round().long(), self.index_tokens)
+
+
+class RasterPositions(nn.Module):
+    """Fixed sines and cosines of the number of the token on a grid, row by row (Tong et al., VideoMAE, 2022).
+
+    Even channels are ``sin(number / 10000 ** (channel / width))``, each odd one the cosine of the same angle. A
+    fractional place, of a grid that is stretched over this one, has the number of the nearest; along the first axis the
+    grid has no end, so that a longer clip goes on counting.
+
+    Args:
+        width: size of the embedding; even.
+        grid: number of places along each axis.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, ...]):
+        super().__init__()
+        if width % 2:
+            raise ValueError(f"sine-cosine positions of a number need an even width; found {width}")
+        self.width, self.grid = width, grid
+
+    def forward(self, coords: Tensor) -> Tensor:
+        exact = torch.float32 if coords.device.type == "mps" else torch.float64  # MPS has no other
+        nearest = coords.round().long()
+        number = torch.zeros_like(nearest[..., 0])
+        for axis, count in enumerate(self.grid):
+            place = nearest[..., axis]
+            number = number * count + (place.clamp(0, count - 1) if axis else place)
+        channel = torch.arange(0, self.width, 2, device=coords.device, dtype=exact)
+        angle = number[..., None] * 10_000 ** (-channel / self.width)
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2).float()
+
+
+class GridPositions(nn.Module):
+    """A learned vector for each place on a grid of two or three axes (Dosovitskiy et al., ViT, 2021).
+
+    Between places it is interpolated linearly along each axis; beyond the outermost ones it is theirs.
+
+    Args:
+        width: size of the embedding.
+        grid: number of places along each axis.
+    """
+
+    def __init__(self, width: int, grid: tuple[int, ...]):
+        super().__init__()
+        self.grid_tokens = nn.Parameter(torch.empty(*grid, width).normal_(std=0.02))
+
+    def forward(self, coords: Tensor) -> Tensor:
+        *grid, width = self.grid_tokens.shape
+        dtype = torch.promote_types(self.grid_tokens.dtype, torch.float32)  # places between two need its precision
+        # From -1, the first place of an axis, to 1, the last one; of the table's axes the last one first.
+        share = [2 * coords[..., axis].to(dtype) / max(count - 1, 1) - 1 for axis, count in enumerate(grid)]
+        where = torch.stack(share[::-1], dim=-1).view(1, *[1] * (len(grid) - 1), -1, len(grid))
+        table = self.grid_tokens.to(dtype).movedim(-1, 0)[None]
+        sampled = nn.functional.grid_sample(table, where, padding_mode="border", align_corners=True)
+        return sampled.view(width, *coords.shape[:-1]).movedim(0, -1).to(self.grid_tokens.dtype)

@@ -40,6 +40,8 @@ class Modality(nn.Module):
         mask_styles: what ``mask`` offers.
         aligned: whether token i of any two samples lies at the same place, so that tokens have an order and contents
             of two samples can be mixed. Not so for the groups of a point cloud and the nodes of a graph.
+        affine: whether ``embed`` is one affine map of contents, the same for all tokens: then what replaces contents
+            may as well replace their embeddings, which are smaller.
     """
 
     inputs: ClassVar[tuple[str, ...]]
@@ -47,6 +49,7 @@ class Modality(nn.Module):
     columns: ClassVar[tuple[str, ...]]
     mask_styles: ClassVar[tuple[str, ...]] = ("random",)
     aligned: ClassVar[bool] = True
+    affine: ClassVar[bool] = False
 
     distance: Literal["l1", "l2"] = "l2"
     views_compared: bool = False  # whether it is known if this modality's views change anything

@@ -29,7 +29,7 @@ from mmssl.pixels import (
     size_of,
     transform,
 )
-from mmssl.positions import SinCosPositions
+from mmssl.positions import GridPositions, SinCosPositions
 from mmssl.scattering import check_scattering, number_of_coefficients, scatter, scattering_2d
 from mmssl.tokens import Tokens, gather
 
@@ -48,6 +48,8 @@ class Image(Modality):
         image_mean: mean of each channel, subtracted; pixels lie between 0 and 1. One number is used for all channels.
             None: that of ImageNet for 3 channels, else 0.5.
         image_std: standard deviation of each channel, divided by. As image_mean.
+        position_embedding: "sincos", sines and cosines of a patch's row and column (MAE); or "learned", a vector for
+            each place on the grid of ``image_size`` (ViT), interpolated linearly for other grids.
         scattering_scales: J, of wavelets whose scattering coefficients tokens contain in place of pixels, one set for
             each 2**J x 2**J of them (Kinakh et al., ScatSimCLR, 2021: 2). 0: pixels.
         scattering_directions: L, of these wavelets (ScatSimCLR: 16).
@@ -72,6 +74,7 @@ class Image(Modality):
     extensions: ClassVar = IMAGE_ENDINGS
     columns: ClassVar = ("image", "img", "pixel_values")
     mask_styles: ClassVar = ("random", "block")
+    affine: ClassVar = True
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Image(Modality):
         num_channels: int = 3,
         image_mean: float | tuple[float, ...] | None = None,
         image_std: float | tuple[float, ...] | None = None,
+        position_embedding: Literal["sincos", "learned"] = "sincos",
         scattering_scales: int = 0,
         scattering_directions: int = 8,
         normalize_target: bool = True,
@@ -101,6 +105,7 @@ class Image(Modality):
         self.image_size, self.patch_size = pair(image_size), pair(patch_size)
         self.num_channels = num_channels
         self.image_mean, self.image_std = channel_statistics(image_mean, image_std, num_channels)
+        self.position_embedding = position_embedding
         self.scattering_scales, self.scattering_directions = scattering_scales, scattering_directions
         self.normalize_target, self.distance = normalize_target, distance
         self.alteration, self.alteration_ratio = alteration, pair(alteration_ratio)
@@ -109,6 +114,8 @@ class Image(Modality):
         self.crop_scale, self.crop_ratio = pair(crop_scale), pair(crop_ratio)
         self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
         self.gaussian_blur, self.rotation = gaussian_blur, rotation
+        if position_embedding not in ("sincos", "learned"):  # a config file is not checked against the types
+            raise ValueError(f"position_embedding: found {position_embedding!r}; expected one of sincos, learned")
         patch_grid(*self.image_size, self.patch_size)
         check_scattering(scattering_scales, scattering_directions, self.patch_size)
         if color_jitter and num_channels != 3:
@@ -192,6 +199,8 @@ class Image(Modality):
         return self.projection(tokens.content.to(self.projection.weight.dtype))
 
     def positions(self, width: int) -> nn.Module:
+        if self.position_embedding == "learned":
+            return GridPositions(width, patch_grid(*self.image_size, self.patch_size))
         return SinCosPositions(width, axes=2, order=(1, 0))
 
     def raw_features(self, batch: Batch) -> Tensor:

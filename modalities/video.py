@@ -28,7 +28,7 @@ from mmssl.pixels import (
     resize_and_crop,
     transform,
 )
-from mmssl.positions import SinCosPositions
+from mmssl.positions import GridPositions, RasterPositions, SinCosPositions
 from mmssl.samples import Samples, file_of, number_array
 from mmssl.tokens import Mask, Tokens, gather
 from mmssl.video_files import VIDEO_ENDINGS, frame_files, index_frames, read_collection, read_frames
@@ -54,6 +54,10 @@ class Video(Modality):
         image_mean: mean of each channel, subtracted; pixels lie between 0 and 1. One number is used for all channels.
             None: that of ImageNet for 3 channels, else 0.5.
         image_std: standard deviation of each channel, divided by. As image_mean.
+        position_embedding: "sincos", sines and cosines of a tubelet's time, row and column (V-JEPA); "index", of its
+            number alone, by time, rows, columns (VideoMAE); or "learned", a vector for each place on the grid of
+            ``num_frames`` and ``image_size`` (ViViT), interpolated linearly for other grids. In a longer clip "learned"
+            stays what it is at its last time; the others go on.
         normalize_target: reconstruct tubelets whose channels are each normalised by their own mean and deviation.
         distance: "l2", the squared error (VideoMAE), or "l1", the absolute one, of a pixel.
         max_block: longest side of a hidden block, as a share of each side of the grid, time's too.
@@ -68,6 +72,7 @@ class Video(Modality):
     extensions: ClassVar = VIDEO_ENDINGS
     columns: ClassVar = ("video", "clip", "pixel_values_videos")
     mask_styles: ClassVar = ("random", "tube", "block")
+    affine: ClassVar = True
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class Video(Modality):
         num_channels: int = 3,
         image_mean: float | tuple[float, ...] | None = None,
         image_std: float | tuple[float, ...] | None = None,
+        position_embedding: Literal["sincos", "index", "learned"] = "sincos",
         normalize_target: bool = True,
         distance: Literal["l1", "l2"] = "l2",
         max_block: float = 0.3,
@@ -101,6 +107,7 @@ class Video(Modality):
         self.image_size, self.patch_size, self.tubelet_size = pair(image_size), pair(patch_size), tubelet_size
         self.num_channels = num_channels
         self.image_mean, self.image_std = channel_statistics(image_mean, image_std, num_channels)
+        self.position_embedding = position_embedding
         self.normalize_target, self.distance, self.max_block = normalize_target, distance, max_block
         self.region_ratio = pair(region_ratio)
         self.crop_scale, self.crop_ratio = pair(crop_scale), pair(crop_ratio)
@@ -116,6 +123,8 @@ class Video(Modality):
             )
         if distance not in ("l1", "l2"):  # a config file is not checked against the types
             raise ValueError(f"distance: found {distance!r}; expected one of l1, l2")
+        if position_embedding not in (known := ("sincos", "index", "learned")):
+            raise ValueError(f"position_embedding: found {position_embedding!r}; expected one of {', '.join(known)}")
         patch_grid(*self.image_size, self.patch_size)
         if color_jitter and num_channels != 3:
             raise ValueError(f"color_jitter needs 3 channels; found num_channels={num_channels}: set color_jitter to 0")
@@ -256,7 +265,10 @@ class Video(Modality):
         return self.projection(tokens.content.to(self.projection.weight.dtype))
 
     def positions(self, width: int) -> nn.Module:
-        """Sines and cosines of time, row and column (V-JEPA); VideoMAE's are of the token's number alone."""
+        if self.position_embedding == "index":
+            return RasterPositions(width, self.own_grid)
+        if self.position_embedding == "learned":
+            return GridPositions(width, self.own_grid)
         return SinCosPositions(width, axes=3)
 
     def raw_features(self, batch: Batch) -> Tensor:
@@ -304,15 +316,20 @@ class Video(Modality):
         return rectangle(tokens, share, self.region_ratio, generator, allowed)
 
     @property
+    def own_grid(self) -> tuple[int, int, int]:
+        """Tubelets along time, rows and columns of a clip with the options' frames and size."""
+        return self.num_frames // self.tubelet_size, *patch_grid(*self.image_size, self.patch_size)
+
+    @property
     def num_places(self) -> int:
-        return self.num_frames // self.tubelet_size * math.prod(patch_grid(*self.image_size, self.patch_size))
+        return math.prod(self.own_grid)
 
     def places(self, tokens: Tokens) -> Tensor:
         """Number of the tubelet, by time, rows, columns, of a clip with the options' frames and size.
 
         Over its grid others are stretched, in time too.
         """
-        own = (self.num_frames // self.tubelet_size, *patch_grid(*self.image_size, self.patch_size))
+        own = self.own_grid
         time, row, column = tokens.coords.unbind(-1)
         t = bin_of(time, time.amax() + 1, own[0])
         y, x = bin_of(row, own[1], own[1]), bin_of(column, own[2], own[2])

@@ -91,7 +91,7 @@ save_file(found, f"{sys.argv[1]}/found.safetensors")
 @pytest.mark.slow
 def test_a_self_contained_model_is_the_same_where_mmssl_cannot_be_imported(tmp_path: Path) -> None:
     cases = {name: (options, samples) for name, (options, samples) in MODALITIES.items() if name != "image"}
-    cases["image"] = (IMAGE, lambda count: [photo(32)] * count)
+    cases["image"] = ({**IMAGE, "position_embedding": "learned"}, lambda count: [photo(32)] * count)
     photo(32).save(tmp_path / "image.png")
     expected = {}
     for name, (options, samples) in cases.items():
@@ -170,13 +170,15 @@ def load_plain(folder: Path, **options: Any) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.parametrize("position_embedding", ["sincos", "learned"])
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("class_token", [True, False])
 @torch.no_grad()
-def test_plain_image_models_are_the_same(class_token: bool, qkv_bias: bool, tmp_path: Path) -> None:
-    model = make_model(
-        {"image": IMAGE}, class_token=class_token, qkv_bias=qkv_bias, intermediate_size=40, hidden_act="relu"
-    )
+def test_plain_image_models_are_the_same(
+    class_token: bool, qkv_bias: bool, position_embedding: str, tmp_path: Path
+) -> None:
+    options = {"class_token": class_token, "qkv_bias": qkv_bias, "intermediate_size": 40, "hidden_act": "relu"}
+    model = make_model({"image": {**IMAGE, "position_embedding": position_embedding}}, **options)
     to_transformers(model, tmp_path)
     plain = load_plain(tmp_path, **({"add_pooling_layer": False} if class_token else {}))
     assert type(plain).__name__ == ("ViTModel" if class_token else "SiglipVisionModel")
@@ -201,12 +203,52 @@ def test_a_photo_of_another_size_is_read_almost_the_same(tmp_path: Path) -> None
     assert (pixels - own).abs().mean() < 0.01
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({"num_register_tokens": 2, "layer_scale_init": 0.1}, "Dinov2WithRegistersModel"),
+        ({"num_register_tokens": 1, "qkv_bias": False}, "Dinov2WithRegistersModel"),
+        ({"layer_scale_init": 0.1, "intermediate_size": 48}, "Dinov2Model"),
+    ],
+)
+@pytest.mark.parametrize("position_embedding", ["sincos", "learned"])
 @torch.no_grad()
-def test_a_plain_video_model_is_the_same(tmp_path: Path) -> None:
-    model = make_model({"video": VIDEO, "image": IMAGE}, class_token=True)
+def test_layer_scale_and_registers_are_those_of_dinov2(
+    position_embedding: str, options: dict[str, Any], kind: str, tmp_path: Path
+) -> None:
+    model = make_model({"image": {**IMAGE, "position_embedding": position_embedding}}, class_token=True, **options)
+    to_transformers(model, tmp_path)
+    plain = load_plain(tmp_path)
+    assert type(plain).__name__ == kind
+    pixels = torch.randn(3, 3, 16, 16)
+    found, expected = plain(pixels).last_hidden_state, model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_width_of_the_feed_forward_that_dinov2_lacks_is_refused(tmp_path: Path) -> None:
+    model = make_model({"image": IMAGE}, class_token=True, num_register_tokens=1, intermediate_size=40)
+    with pytest.raises(ValueError, match=r"intermediate_size: found 40; .*multiples of hidden_size, 24, alone"):
+        to_transformers(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "position_embedding"),
+    [
+        ({"class_token": True}, "sincos"),
+        ({"class_token": True, "qkv_bias": False}, "learned"),
+        ({"class_token": True}, "index"),
+        ({}, "index"),
+        ({"qkv_bias": False, "final_norm": False, "intermediate_size": 40, "hidden_act": "relu"}, "index"),
+    ],
+)
+@torch.no_grad()
+def test_a_plain_video_model_is_the_same(options: dict[str, Any], position_embedding: str, tmp_path: Path) -> None:
+    """VideoMAE's keys have no bias; ours is not 0, and changes nothing."""
+    model = make_model({"video": {**VIDEO, "position_embedding": position_embedding}, "image": IMAGE}, **options)
+    assert "qkv_bias" in options or model.encoder.layers[0].attention.qkv.bias[24:48].abs().min() > 1e-4
     to_transformers(model, tmp_path, modality="video")
-    plain = load_plain(tmp_path, add_pooling_layer=False)
-    assert type(plain).__name__ == "VivitModel"
+    plain = load_plain(tmp_path, **({"add_pooling_layer": False} if "class_token" in options else {}))
+    assert type(plain).__name__ == ("VivitModel" if "class_token" in options else "VideoMAEModel")
     frames = [np.roll(np.asarray(photo()), shift, axis=1) for shift in range(4)]
     pixels = AutoImageProcessor.from_pretrained(tmp_path)(frames, return_tensors="pt")["pixel_values"]
     own = MMSSLFeatureExtractor({"video": {**VIDEO, "frame_stride": 1}})(np.stack(frames))
@@ -228,7 +270,8 @@ REFUSED: dict[str, Any] = {
 
 @pytest.mark.parametrize("option", sorted(REFUSED))
 def test_what_plain_classes_lack_is_refused_by_name(option: str, tmp_path: Path) -> None:
-    model = make_model({"image": IMAGE}, class_token=True, **{option: REFUSED[option]})
+    carried = option in ("layer_scale_init", "num_register_tokens")  # with a class token, by DINOv2
+    model = make_model({"image": IMAGE}, class_token=not carried, **{option: REFUSED[option]})
     with pytest.raises(ValueError, match=f"{option}: found {REFUSED[option]}; .* Use self_contained"):
         to_transformers(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -265,7 +308,8 @@ def test_each_option_of_the_encoder_is_carried_over_or_refused() -> None:
     [
         ({"speech": MODALITIES["speech"][0]}, {}, "speech: plain classes of transformers do not read its tokens"),
         ({"graph": MODALITIES["graph"][0]}, {}, "graph: plain classes of transformers do not"),
-        ({"video": VIDEO}, {}, "class_token: found False; expected True"),
+        ({"video": VIDEO}, {}, "position_embedding: found sincos; expected index, or an encoder with a class token"),
+        ({"video": {**VIDEO, "position_embedding": "learned"}}, {}, "position_embedding: found learned"),
         ({"image": {**IMAGE, "image_size": (16, 8)}}, {}, "image_size: found 16x8"),
         ({"image": {**IMAGE, "patch_size": (4, 8)}}, {}, "patch_size: found 4x8"),
         ({"image": {**IMAGE, "scattering_scales": 1}}, {}, "scattering_scales: found 1"),
@@ -298,7 +342,8 @@ def test_what_has_no_plain_class_is_refused(
 @torch.no_grad()
 def test_timm_loads_the_same(options: dict[str, Any], tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    model = make_model({"image": {**IMAGE, "image_size": (16, 24), "patch_size": (4, 8)}}, **options)
+    learned = {"position_embedding": "learned" if "num_register_tokens" in options else "sincos"}
+    model = make_model({"image": {**IMAGE, "image_size": (16, 24), "patch_size": (4, 8), **learned}}, **options)
     to_timm(model, tmp_path)
     plain = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     pixels = torch.randn(3, 3, 16, 24)

@@ -1,4 +1,4 @@
-"""Positions against their formulas written out, and against transformers' table of MAE."""
+"""Positions against their formulas written out, and against transformers' tables of MAE and VideoMAE."""
 
 import math
 
@@ -6,9 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import ViTMAEConfig
+from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
-from mmssl.positions import IndexPositions, MLPPositions, NoPositions, SinCosPositions
+from mmssl.positions import (
+    GridPositions,
+    IndexPositions,
+    MLPPositions,
+    NoPositions,
+    RasterPositions,
+    SinCosPositions,
+)
 
 
 def grid(rows: int, columns: int) -> Tensor:
@@ -186,3 +194,85 @@ def test_learned_places_are_rows_of_a_table() -> None:
     touched = torch.zeros(50, 64)
     touched[index[0, 0]] = 1
     assert positions.index_tokens.grad is not None and torch.equal(positions.index_tokens.grad, touched)
+
+
+def all_places(*grid: int) -> Tensor:
+    """(1, product of the grid, axes), the last axis fastest."""
+    return torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), dim=-1).flatten(0, -2)[None].float()
+
+
+@pytest.mark.parametrize(("grid", "width"), [((2, 3, 4), 16), ((8, 14, 14), 384), ((1, 1, 5), 6), ((3, 2), 8)])
+def test_equals_the_table_of_transformers_videomae(grid: tuple[int, ...], width: int) -> None:
+    """In any order; and a longer clip goes on."""
+    table = get_sinusoid_encoding_table(2 * math.prod(grid), width)[0]
+    coords = all_places(2 * grid[0], *grid[1:])
+    order = torch.randperm(len(table), generator=torch.Generator().manual_seed(0)).view(2, -1)
+    found = RasterPositions(width, grid)(coords[0, order])
+    torch.testing.assert_close(found, table[order], atol=1e-6, rtol=0)
+    assert not RasterPositions(width, grid).state_dict()
+
+
+def test_between_places_counts_the_nearest_and_none_is_outside_but_in_time() -> None:
+    positions = RasterPositions(8, (2, 3, 4))
+    stretched = torch.tensor([[[1.0, 0.6, 2.4], [0.0, -0.4, 3.4], [5.0, 2.4, -0.3], [0.0, 9.0, 9.0]]])
+    nearest = torch.tensor([[[1.0, 1.0, 2.0], [0.0, 0.0, 3.0], [5.0, 2.0, 0.0], [0.0, 2.0, 3.0]]])
+    assert torch.equal(positions(stretched), positions(nearest))
+    assert torch.equal(positions(nearest.bfloat16()), positions(nearest))
+    with pytest.raises(ValueError, match=r"of a number need an even width; found 7$"):
+        RasterPositions(7, (2, 3))
+
+
+def multilinear(table: Tensor, place: list[float]) -> Tensor:
+    """One axis after the other, each between its two neighbours, none of them outside."""
+    if not place:
+        return table
+    at = min(max(place[0], 0.0), len(table) - 1.0)
+    low = min(int(at), max(len(table) - 2, 0))
+    high = min(low + 1, len(table) - 1)
+    first, second = (multilinear(table[index], place[1:]) for index in (low, high))
+    return first + (at - low) * (second - first)
+
+
+@pytest.mark.parametrize("grid", [(3, 4), (1, 5), (4, 1), (1, 1), (2, 3, 4), (1, 3, 2), (3, 1, 1)], ids=str)
+@torch.no_grad()
+def test_places_of_a_grid_are_interpolated(grid: tuple[int, ...]) -> None:
+    """Also outside of it; on it they are the table, in the order of the patches."""
+    torch.manual_seed(0)
+    positions = GridPositions(6, grid)
+    table = positions.grid_tokens.normal_()
+    assert table.shape == (*grid, 6)
+    coords = (torch.tensor(grid) + 2) * torch.rand(3, 7, len(grid)) - 1.5
+    found = positions(coords)
+    for row, places in zip(found, coords.tolist(), strict=True):
+        expected = torch.stack([multilinear(table, place) for place in places])
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
+    on_it = positions(all_places(*grid).expand(2, -1, -1))
+    torch.testing.assert_close(on_it, table.flatten(0, -2).expand(2, -1, -1), atol=1e-6, rtol=0)
+
+
+def test_on_a_large_grid_whole_places_are_the_table() -> None:
+    positions = GridPositions(4, (8, 37, 37))
+    found = positions(all_places(8, 37, 37))[0]
+    torch.testing.assert_close(found, positions.grid_tokens.detach().flatten(0, 2), atol=1e-6, rtol=0)
+
+
+def test_gradients_reach_the_neighbours_of_a_place_by_their_shares() -> None:
+    """Start values are normal with deviation 0.02."""
+    torch.manual_seed(0)
+    positions = GridPositions(48, (4, 5))
+    assert positions.grid_tokens.std().item() == pytest.approx(0.02, rel=0.1)
+    positions(torch.tensor([[[1.25, 3.5], [0.0, 0.0]]])).sum().backward()
+    shares = torch.zeros(4, 5)
+    shares[1, 3:5], shares[2, 3:5], shares[0, 0] = 0.375, 0.125, 1
+    assert positions.grid_tokens.grad is not None
+    torch.testing.assert_close(positions.grid_tokens.grad, shares[..., None].expand(-1, -1, 48), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_table_of_places_has_the_precision_of_its_weights(dtype: torch.dtype) -> None:
+    positions = GridPositions(4, (20, 30)).to(dtype)
+    coords = torch.tensor([[[18.3, 28.6], [19.0, 29.0]]])
+    found, table = positions(coords), positions.grid_tokens.detach().double()
+    assert found.dtype == dtype
+    expected = torch.stack([multilinear(table, place) for place in coords[0].double().tolist()])
+    torch.testing.assert_close(found[0].double(), expected, atol=2e-4 if dtype == torch.bfloat16 else 1e-12, rtol=1e-2)

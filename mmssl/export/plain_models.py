@@ -9,10 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     PreTrainedModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    VideoMAEConfig,
     VideoMAEImageProcessorPil,
+    VideoMAEModel,
     ViTConfig,
     ViTImageProcessorPil,
     ViTModel,
@@ -23,8 +29,8 @@ from transformers.image_utils import PILImageResampling
 
 from mmssl.modalities.image import Image
 from mmssl.modalities.video import Video
-from mmssl.modeling import MMSSLModel
-from mmssl.training.vision_weights import VIT_BLOCK
+from mmssl.modeling import MMSSLConfig, MMSSLModel
+from mmssl.training.vision_weights import DINOV2_BLOCK, VIDEOMAE_BLOCK, VIT_BLOCK, blank_tokens
 
 NEEDED: dict[str, Any] = {
     "residual": True,
@@ -45,13 +51,24 @@ SIGLIP_BLOCK = {
     "mlp.fc2": "mlp.fc2",
 }
 
+# Names in a block, and how the names of the blocks begin.
+BLOCKS: dict[type[PreTrainedModel], tuple[dict[str, Any], str]] = {
+    ViTModel: (VIT_BLOCK, "layers"),
+    VivitModel: (VIT_BLOCK, "layers"),
+    SiglipVisionModel: (SIGLIP_BLOCK, "encoder.layers"),
+    Dinov2Model: (DINOV2_BLOCK, "encoder.layer"),
+    Dinov2WithRegistersModel: (DINOV2_BLOCK, "encoder.layer"),
+    VideoMAEModel: (VIDEOMAE_BLOCK, "encoder.layer"),
+}
+
 
 def to_transformers(model: MMSSLModel, folder: str | Path, modality: str | None = None) -> None:
     """Save the encoder as the class of transformers that computes the same, and an image processor beside it.
 
-    Images with a class token: ``ViTModel`` (to be loaded with ``add_pooling_layer=False``), without:
-    ``SiglipVisionModel``; videos with a class token: ``VivitModel``, which has places for each token of a clip as
-    weights. Those of ``VideoMAEModel`` are of the token's number, and cannot be set.
+    Images with a class token: ``ViTModel`` (to be loaded with ``add_pooling_layer=False``), or with layer scale or
+    registers ``Dinov2Model`` and ``Dinov2WithRegistersModel``; without: ``SiglipVisionModel``. Videos with a class
+    token: ``VivitModel``. All these have places as weights. Videos without a class token: ``VideoMAEModel``, whose
+    places are of the token's number, ``position_embedding="index"``.
 
     Args:
         model: the encoder.
@@ -69,8 +86,20 @@ def to_transformers(model: MMSSLModel, folder: str | Path, modality: str | None 
 def plain_model(model: MMSSLModel, modality: str | None) -> tuple[PreTrainedModel, Image | Video]:
     """The plain model, and the modality it is of."""
     where = "plain classes of transformers"
-    adapter = expressible(model, modality, NEEDED, where)
     config, class_token = model.config, model.config.class_token
+    adapter = chosen(model, modality, where)
+    free: tuple[str, ...] = ()  # what the class has too
+    if isinstance(adapter, Image) and class_token:
+        free = ("layer_scale_init", "num_register_tokens")
+    elif isinstance(adapter, Video) and not class_token:
+        free = ("final_norm",)
+        if adapter.position_embedding != "index":
+            raise ValueError(
+                f"position_embedding: found {adapter.position_embedding}; expected index, or an encoder with a class "
+                "token: VideoMAE, transformers' video encoder without one, has no other places. Use self_contained"
+            )
+    kind = f"{where} for {adapter.name}s {'with' if class_token else 'without'} a class token"
+    check_options(model, adapter, {name: value for name, value in NEEDED.items() if name not in free}, kind)
     for name in ("image_size", "patch_size"):
         height, width = getattr(adapter, name)
         if height != width:
@@ -86,32 +115,55 @@ def plain_model(model: MMSSLModel, modality: str | None) -> tuple[PreTrainedMode
         "num_channels": adapter.num_channels,
     }
     plain: PreTrainedModel
-    if isinstance(adapter, Video):
-        if not class_token:
-            raise ValueError(
-                "class_token: found False; expected True: transformers' video encoders without one have places of "
-                "their own that cannot be set (VideoMAE). Use self_contained"
-            )
-        shape |= {"num_frames": adapter.num_frames, "tubelet_size": (adapter.tubelet_size, *adapter.patch_size)}
+    patch = adapter.patch_size[0]
+    if isinstance(adapter, Video) and class_token:
+        shape |= {"num_frames": adapter.num_frames, "tubelet_size": (adapter.tubelet_size, patch, patch)}
         plain = VivitModel(VivitConfig(**shape, qkv_bias=config.qkv_bias), add_pooling_layer=False)
+    elif isinstance(adapter, Video):
+        shape |= {"num_frames": adapter.num_frames, "tubelet_size": adapter.tubelet_size, "patch_size": patch}
+        shape |= {"qv_bias": config.qkv_bias, "use_mean_pooling": not config.final_norm}
+        plain = VideoMAEModel(VideoMAEConfig(**shape))
+    elif class_token and (config.layer_scale_init is not None or config.num_register_tokens):
+        plain = dinov2_model(config, {**shape, "patch_size": patch, "qkv_bias": config.qkv_bias})
     elif class_token:
-        shape |= {"patch_size": adapter.patch_size[0], "qkv_bias": config.qkv_bias}
-        plain = ViTModel(ViTConfig(**shape), add_pooling_layer=False)
+        plain = ViTModel(ViTConfig(**shape, patch_size=patch, qkv_bias=config.qkv_bias), add_pooling_layer=False)
     else:
-        plain = SiglipVisionModel(SiglipVisionConfig(**shape, patch_size=adapter.patch_size[0], vision_use_head=False))
-    plain.load_state_dict(plain_weights(model, adapter))
+        plain = SiglipVisionModel(SiglipVisionConfig(**shape, patch_size=patch, vision_use_head=False))
+    plain.load_state_dict(plain_weights(model, adapter, plain))
     nn.Module.to(plain, model.dtype)
     return plain.eval(), adapter
 
 
-def expressible(model: MMSSLModel, modality: str | None, needed: dict[str, Any], where: str) -> Image | Video:
-    """The modality that is exported, if the encoder has no option that other libraries lack."""
+def dinov2_model(config: MMSSLConfig, shape: dict[str, Any]) -> PreTrainedModel:
+    """With layer scale, which may be 1, and with registers or without."""
+    ratio, rest = divmod(shape.pop("intermediate_size"), config.hidden_size)
+    if rest:
+        raise ValueError(
+            f"intermediate_size: found {config.intermediate_size}; DINOv2, transformers' encoder with layer scale or "
+            f"registers, has multiples of hidden_size, {config.hidden_size}, alone. Use self_contained"
+        )
+    shape |= {
+        "mlp_ratio": ratio,
+        "layerscale_value": 1.0 if config.layer_scale_init is None else config.layer_scale_init,
+    }
+    if not config.num_register_tokens:
+        return Dinov2Model(Dinov2Config(**shape, use_mask_token=False))
+    return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape, num_register_tokens=config.num_register_tokens))
+
+
+def chosen(model: MMSSLModel, modality: str | None, where: str) -> Image | Video:
+    """The modality that is exported."""
     names = list(model.adapters)
     if (modality is None and len(names) > 1) or (modality is not None and modality not in names):
         raise ValueError(f"modality: found {modality}; the model has {', '.join(names)}: say which one to export")
     adapter = model.adapters[modality or names[0]]
     if not isinstance(adapter, Image | Video):
         raise ValueError(f"{adapter.name}: {where} do not read its tokens, those of images are. Use self_contained")
+    return adapter
+
+
+def check_options(model: MMSSLModel, adapter: Image | Video, needed: dict[str, Any], where: str) -> None:
+    """Refuse an encoder with an option that other libraries lack."""
     for name, value in needed.items():
         if (found := getattr(model.config, name)) != value:
             raise ValueError(f"{name}: found {found}; {where} have {value} alone. Use self_contained")
@@ -119,7 +171,6 @@ def expressible(model: MMSSLModel, modality: str | None, needed: dict[str, Any],
         raise ValueError(
             f"scattering_scales: found {adapter.scattering_scales}; {where} read pixels. Use self_contained"
         )
-    return adapter
 
 
 def save_image_processor(adapter: Image | Video, folder: str | Path) -> None:
@@ -142,9 +193,7 @@ def save_image_processor(adapter: Image | Video, folder: str | Path) -> None:
 
 def places_of(model: MMSSLModel, adapter: Image | Video) -> Tensor:
     """(1, N, D) what the encoder adds to the tokens of an input of the modality's own size."""
-    shape = (adapter.num_frames, *adapter.image_size) if isinstance(adapter, Video) else adapter.image_size
-    tokens = adapter.tokenize({adapter.inputs[0]: torch.zeros(1, adapter.num_channels, *shape)})
-    return adapter.position(tokens.coords.to(model.device)).detach()
+    return adapter.position(blank_tokens(adapter, adapter).coords.to(model.device)).detach()
 
 
 def kernel_of(adapter: Image | Video) -> Tensor:
@@ -154,32 +203,42 @@ def kernel_of(adapter: Image | Video) -> Tensor:
     return weight.unflatten(1, (*patch, adapter.num_channels)).movedim(-1, 1).contiguous()
 
 
-def plain_weights(model: MMSSLModel, adapter: Image | Video) -> dict[str, Tensor]:
-    """The weights under the names of ViTModel and VivitModel, or without a class token of SiglipVisionModel."""
-    own, places, class_token = model.encoder.state_dict(), places_of(model, adapter), model.config.class_token
-    block, layers = (VIT_BLOCK, "layers") if class_token else (SIGLIP_BLOCK, "encoder.layers")
-    if class_token:
-        weights = {
-            "embeddings.cls_token": own["prefix_tokens"],
-            "embeddings.position_embeddings": torch.cat([torch.zeros_like(places[:, :1]), places], dim=1),
-        }
-        norm, patch = "layernorm", "embeddings.patch_embeddings.projection"
-    else:
-        weights = {"embeddings.position_embedding.weight": places[0]}
+def plain_weights(model: MMSSLModel, adapter: Image | Video, plain: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights under the names of a plain model."""
+    own, places, width = model.encoder.state_dict(), places_of(model, adapter), model.config.hidden_size
+    block, layers = BLOCKS[type(plain)]
+    norm, patch = "layernorm", "embeddings.patch_embeddings.projection"
+    weights: dict[str, Tensor] = {}
+    if isinstance(plain, SiglipVisionModel):
+        weights["embeddings.position_embedding.weight"] = places[0]
         norm, patch = "post_layernorm", "embeddings.patch_embedding"
-    weights |= {f"{norm}.{kind}": own[f"norm.{kind}"] for kind in ("weight", "bias")}
+    elif not isinstance(plain, VideoMAEModel):
+        weights["embeddings.cls_token"] = own["prefix_tokens"][:, :1]
+        weights["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)
+    if isinstance(plain, Dinov2WithRegistersModel):
+        weights["embeddings.register_tokens"] = own["prefix_tokens"][:, 1:]
+        weights["embeddings.mask_token"] = places.new_zeros(1, width)
+    if model.config.final_norm:
+        weights |= {f"{norm}.{kind}": own[f"norm.{kind}"] for kind in ("weight", "bias")}
     weights |= {f"{patch}.weight": kernel_of(adapter), f"{patch}.bias": adapter.projection.bias.detach()}
     for number in range(model.config.num_hidden_layers):
         for name, other in block.items():
+            if name in ("scale1", "scale2"):
+                scale = own.get(f"layers.{number}.{name}.scale", torch.ones(width))
+                weights[f"{layers}.{number}.{other}"] = scale
+                continue
             for kind in ("weight", "bias"):
                 value = own.get(f"layers.{number}.{name}.{kind}")
                 if value is None:  # qkv_bias=False, which Siglip has no option for
-                    if class_token:
+                    if not isinstance(plain, SiglipVisionModel):
                         continue
-                    value = torch.zeros(3 * model.config.hidden_size)
+                    value = torch.zeros(3 * width)
                 others = (other,) if isinstance(other, str) else other
                 for each, part in zip(others, value.chunk(len(others)), strict=True):
                     weights[f"{layers}.{number}.{each}.{kind}"] = part
+    if isinstance(plain, VideoMAEModel):
+        # Keys have no bias there: it adds the same to all scores of a query, of which softmax takes no notice.
+        weights = {name: value for name, value in weights.items() if not name.endswith(".attention.key.bias")}
     return weights
 
 
@@ -216,7 +275,10 @@ def to_timm(model: MMSSLModel, folder: str | Path, modality: str | None = None) 
     Raises:
         ValueError: timm's model cannot be the same; names the option.
     """
-    adapter = image_alone(expressible(model, modality, TIMM_NEEDED, "timm's vision transformers"))
+    where = "timm's vision transformers"
+    adapter = chosen(model, modality, where)
+    check_options(model, adapter, TIMM_NEEDED, where)
+    adapter = image_alone(adapter)
     own, config = model.encoder.state_dict(), model.config
     weights = {"patch_embed.proj.weight": kernel_of(adapter), "patch_embed.proj.bias": adapter.projection.bias.detach()}
     weights["pos_embed"] = places_of(model, adapter)
@@ -306,7 +368,7 @@ def to_onnx(model: MMSSLModel, folder: str | Path, modality: str | None = None) 
     folder.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(2, adapter.num_channels, *adapter.image_size)
     torch.onnx.export(
-        Outputs(plain, int(model.config.class_token)).eval(),
+        Outputs(plain, model.encoder.num_prefix_tokens).eval(),
         (example,),
         folder / "model.onnx",
         input_names=["pixel_values"],

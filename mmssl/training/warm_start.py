@@ -4,23 +4,24 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.utils import cached_file
 
 from mmssl.encoder import EncoderConfig
-from mmssl.modeling import MMSSLConfig, MMSSLModel
+from mmssl.modeling import MMSSLConfig, MMSSLModel, make_modality
 from mmssl.objectives.base import Objective
+from mmssl.positions import GridPositions
 from mmssl.teacher import Teacher
 from mmssl.training.checkpoint import RECORD, read_record
 from mmssl.training.run import HEADS
-from mmssl.training.vision_weights import VISION_MODELS, read_vision_model
+from mmssl.training.vision_weights import VISION_MODELS, blank_tokens, read_vision_model, refusal
 
 # With another value of one of these, the same weights are another function, or none.
 FIXED = (
@@ -114,15 +115,19 @@ class WarmStart:
 
     def load_one(self, name: str, own: Tensor, given: Tensor | None) -> tuple[str, str]:
         """Write ``given`` into ``own``, which is a weight of the model, if it fits; what has become of it, and why."""
-        if given is None:
-            return "new", "not in the checkpoint"
         room, modality = name.split(".")[:2]
         there, here = (
             (options.get(modality) or {}) if room == "modalities" else {}
             for options in (self.found.modalities, self.config.modalities or {})
         )
+        places = modality in CHANNELS_LAST and name.endswith(".position.grid_tokens") and bool(there)
+        if given is None and not places:
+            return "new", "not in the checkpoint"
         if different := [key for key in layout(here) if layout(there)[key] != layout(here)[key]]:
             return "left out", f"of another {' and '.join(different)}"
+        if places and (given is None or given.shape != own.shape):
+            return self.copy_places(modality, own, given)
+        assert given is not None
         shapes = f"{tuple(given.shape)} there, {tuple(own.shape)} here"
         same_prefix = self.found.encoder["class_token"] == self.encoder["class_token"] and own.shape == given.shape
         if name == "encoder.prefix_tokens" and not same_prefix:
@@ -139,6 +144,19 @@ class WarmStart:
                 own.copy_(mean.expand(-1, -1, new).flatten(1))
                 return "adapted", f"each of {new} channels has the mean of {old}, times {old}/{new}"
         return "left out", f"shape {shapes}"
+
+    def copy_places(self, modality: str, own: Tensor, given: Tensor | None) -> tuple[str, str]:
+        """What the checkpoint adds to the tokens of an input of the size here, be it learned there or computed."""
+        there, here = self.found.modalities[modality], (self.config.modalities or {})[modality]
+        reader, like = (cast(Any, make_modality(modality, options)) for options in (there, here))
+        with torch.random.fork_rng(devices=[]):  # the start values that a table would have
+            positions = reader.positions(own.shape[-1])
+        if isinstance(positions, GridPositions):
+            if given is None:
+                return "new", "not in the checkpoint"
+            positions.grid_tokens = nn.Parameter(given)
+        own.copy_(positions(blank_tokens(reader, like).coords).view_as(own))
+        return "adapted", f"what the checkpoint adds at these places; {others(there, here)}"
 
     def copy_prefix(self, own: Tensor, given: Tensor) -> None:
         """Class token to class token, register tokens to register tokens."""
@@ -238,9 +256,13 @@ def read(init_from: str) -> Found:
         ) from error
     if isinstance(config, MMSSLConfig):
         return read_run(init_from, config)
+    if reason := refusal(config):
+        raise ValueError(f"init_from: {init_from} ({config.model_type}) cannot be the encoder here: {reason}")
     if config.model_type in VISION_MODELS:
         kind, encoder, modalities, model, remarks = read_vision_model(init_from, config)
-        return Found(kind, encoder, modalities, model, (*FIXED, "class_token", "causal_attention"), remarks=remarks)
+        registers = ("num_register_tokens",) if encoder["num_register_tokens"] else ()  # further ones may begin here
+        fixed = (*FIXED, "class_token", *registers, "causal_attention")
+        return Found(kind, encoder, modalities, model, fixed, remarks=remarks)
     known = ", ".join(("mmssl", *VISION_MODELS))
     raise ValueError(f"init_from: {init_from} is a model of the type {config.model_type}; expected one of {known}")
 

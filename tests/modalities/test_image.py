@@ -13,11 +13,15 @@ import torch
 from PIL import Image as PILImage
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import AutoModel, ViTMAEConfig, ViTMAEForPreTraining
 
+from mmssl import MMSSLConfig, MMSSLModel
 from mmssl.modalities.base import View
 from mmssl.modalities.image import Image
+from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 from mmssl.tokens import Tokens
+from mmssl.training import TrainArguments
+from mmssl.training.setup import make_optimizer
 
 VIEWS: dict[str, Any] = {
     "crop_scale": (0.2, 1.0),
@@ -121,6 +125,48 @@ def test_places_are_embedded_column_before_row() -> None:
     origin, right, down = make().positions(8)(torch.tensor([[[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]]]))[0]
     assert torch.equal(right[4:], origin[4:]) and not torch.equal(right[:4], origin[:4])
     assert torch.equal(down[:4], origin[:4]) and torch.equal(down[4:], right[:4])
+
+
+@torch.no_grad()
+def test_learned_places_are_a_table_that_another_size_is_stretched_over() -> None:
+    """As torch resizes a picture; a new module, for a decoder say, has a table of its own."""
+    modality: Any = make((8, 24), 4, position_embedding="learned").build(6)
+    table = modality.position.grid_tokens
+    assert table.shape == (2, 6, 6)
+    for height, width in ((8, 24), (16, 16), (4, 60)):
+        tokens = modality.tokenize({"pixel_values": torch.zeros(2, 3, height, width)})
+        expected = nn.functional.interpolate(table.movedim(-1, 0)[None], (height // 4, width // 4), mode="bilinear")
+        torch.testing.assert_close(modality.position(tokens.coords), expected.flatten(2).mT.expand(2, -1, -1))
+    other = modality.positions(4)
+    assert other.grid_tokens.shape == (2, 6, 4)
+    assert not make((8, 24), 4).build(8).position.state_dict()
+    with pytest.raises(ValueError, match="position_embedding: found 'rope'; expected one of sincos, learned"):
+        make(position_embedding="rope")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_learned_places_are_kept_in_a_checkpoint_and_do_not_decay(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Those of the encoder and those of a decoder; both learn."""
+    torch.manual_seed(0)
+    options = {"image": {"image_size": (8, 12), "patch_size": 4, "position_embedding": "learned"}}
+    model: Any = MMSSLModel(MMSSLConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, modalities=options))
+    objective = MaskedReconstruction(model, views=False, decoder_layers=1, decoder_hidden_size=4)
+    batch = {"pixel_values": torch.randn(4, 3, 8, 12)}
+    objective(batch, key(0)).loss.backward()
+    tables = {name: each for name, each in objective.named_parameters() if name.endswith("grid_tokens")}
+    assert [tuple(each.shape) for each in tables.values()] == [(2, 3, 8), (2, 3, 4)]
+    decayed = {id(each) for each in make_optimizer(objective, TrainArguments("run")).param_groups[0]["params"]}
+    for each in tables.values():
+        assert each.grad is not None and each.grad.abs().sum() > 0
+        assert id(each) not in decayed
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+    own, kept = model.adapters["image"].position.grid_tokens, loaded.adapters["image"].position.grid_tokens
+    assert torch.equal(kept, own.to(dtype))
+    with torch.no_grad():
+        found, expected = (each.eval()(**batch).last_hidden_state for each in (loaded, model))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=0 if dtype == torch.float32 else 0.1, rtol=0)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])

@@ -127,6 +127,31 @@ def test_time_row_and_column_have_shares_of_the_position(width: int, shares: tup
         assert (embedding - origin)[owner == axis].abs().max() > 0.5
 
 
+@torch.no_grad()
+def test_places_by_number_are_those_of_videomae() -> None:
+    """Of a clip of its own size, and of a longer one; nothing is learned."""
+    video = make(4, (8, 12), position_embedding="index").build(10)
+    table = modeling_videomae.get_sinusoid_encoding_table(24, 10)
+    for frames in (4, 8):
+        coords = tokens_of(video, frames=frames).coords
+        torch.testing.assert_close(video.position(coords), table[:, : 3 * frames], atol=1e-6, rtol=0)
+    assert not video.position.state_dict()
+
+
+@torch.no_grad()
+def test_learned_places_are_a_table_that_larger_frames_are_stretched_over() -> None:
+    """As torch resizes pictures; in a longer clip the last time stays."""
+    video: Any = make(4, (8, 12), position_embedding="learned").build(6)
+    table = video.position.grid_tokens
+    assert table.shape == (2, 2, 3, 6)
+    for size in ((8, 12), (16, 8)):
+        expected = nn.functional.interpolate(table.movedim(-1, 1), (size[0] // 4, size[1] // 4), mode="bilinear")
+        found = video.position(tokens_of(video, frames=8, size=size).coords)[0].unflatten(0, (4, -1))
+        torch.testing.assert_close(found, expected[[0, 1, 1, 1]].flatten(2).mT)
+    with pytest.raises(ValueError, match="position_embedding: found 'rope'; expected one of sincos, index, learned"):
+        make(position_embedding="rope")
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 9, 8, 8), (2, 3, 9, 8, 8), (3, 4, 8, 8), (2, 4, 3, 8, 8)], ids=str)
 def test_batches_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(
