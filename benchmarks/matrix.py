@@ -52,8 +52,9 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             try:
                 runs = [train(cell, folder / f"seed{seed}", seed) for seed in config.seeds]
-            except ValueError as error:
-                Console().print(f"{modality}, {name}: refused: {error}")
+            except (ValueError, FloatingPointError) as error:
+                what = "refused" if isinstance(error, ValueError) else "broke down"
+                Console().print(f"{modality}, {name}: {what}: {error}")
                 continue
             data = DataArguments(**about["run"]["data"])
             test = None if config.explore else DataArguments(**about["test"])

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mmssl.dropout import dropout as dropped
+
 
 @dataclass
 class Bags:
@@ -86,7 +88,7 @@ def edge_attention(
         weights = (scores - largest.index_select(0, owner)).exp()
         total = torch.zeros_like(largest).index_add(0, owner, weights)
         weights = (weights / total.index_select(0, owner)).T.contiguous()
-        weights = nn.functional.dropout(weights, p=dropout)
+        weights = dropped(weights, dropout)
         out = EdgeSum.apply(weights, rows[2], edges)
     return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).to(value.dtype)
 

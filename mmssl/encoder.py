@@ -18,6 +18,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mmssl.dropout import Dropout
+from mmssl.dropout import dropout as dropped
 from mmssl.edges import EdgeList, edge_attention
 
 PAIRS_PER_EDGE = 16  # how many pairs of tokens dense attention reads in the time that one edge takes
@@ -105,10 +107,12 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, (B, heads, N, D / heads) each; the only form that also returns the weights."""
     scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    weights = dropped(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -131,7 +135,10 @@ class Attention(nn.Module):
         if isinstance(attention_mask, EdgeList):
             out = edge_attention(query, key, value, attention_mask, self.scaling, dropout)
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            kind = self.config._attn_implementation
+            if kind == "sdpa" and dropout and query.device.type == "cpu" and query.dtype == torch.float32:
+                kind = "eager"  # torch has no fast kernel with dropout there, and its plain one draws a slow mask
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager_attention)
             out, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
         return self.proj(out.reshape(batch, length, width)), weights
 
@@ -187,7 +194,7 @@ class EncoderLayer(GradientCheckpointingLayer):
             self.scale2 = nn.Identity() if start is None else LayerScale(width, start)
         else:
             self.act = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_states: Tensor, attention_mask: Any) -> Tensor:
@@ -230,7 +237,7 @@ class Encoder(nn.Module):
         self.num_prefix_tokens = int(config.class_token) + config.num_register_tokens
         if self.num_prefix_tokens:
             self.prefix_tokens = nn.Parameter(torch.zeros(1, self.num_prefix_tokens, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.layers = nn.ModuleList(EncoderLayer(config, rate) for rate in rates)

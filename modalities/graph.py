@@ -15,6 +15,7 @@ from mmssl.positions import MLPPositions, NoPositions
 from mmssl.samples import Samples
 from mmssl.tokens import Tokens
 
+SPARSE = 20  # features of which fewer than one in so many is not 0 are multiplied one by one
 MOST_HOPS = 10  # what is farther away counts as unconnected
 
 
@@ -44,6 +45,7 @@ class Graph(Modality):
     columns: ClassVar = ("graph",)
     mask_styles: ClassVar = ("random", "block")
     aligned: ClassVar = False
+    affine: ClassVar = True
 
     def __init__(
         self,
@@ -215,7 +217,11 @@ class Graph(Modality):
         return Tokens(content=x, coords=batch["node_encodings"], valid=valid, edges=batch["edge_index"])
 
     def embed(self, tokens: Tokens) -> Tensor:
-        return self.projection(tokens.content.to(self.projection.weight.dtype))
+        content = tokens.content.to(self.projection.weight.dtype)
+        sparse = content.device.type == "cpu" and not content.requires_grad
+        if sparse and content.count_nonzero() * SPARSE < content.numel():
+            return sparse_linear(content, self.projection)
+        return self.projection(content)
 
     def positions(self, width: int) -> nn.Module:
         axes = self.random_walk_steps + self.laplacian_vectors
@@ -305,6 +311,17 @@ class Graph(Modality):
         loss = (1 - cosine).clamp(min=0) ** self.gamma
         known = where & (goal > 0)
         return loss, known.float()
+
+
+def sparse_linear(content: Tensor, layer: nn.Linear) -> Tensor:
+    """The layer's output for contents (..., F) that are nearly all 0, such as bags of words: skips these."""
+    rows = content.flatten(0, -2)
+    row, column = rows.nonzero(as_tuple=True)
+    start = torch.searchsorted(row, torch.arange(len(rows)))
+    values = nn.functional.embedding_bag(
+        column, layer.weight.T.contiguous(), start, mode="sum", per_sample_weights=rows[row, column].detach()
+    )
+    return (values + layer.bias).view(*content.shape[:-1], -1)
 
 
 def group(target: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:

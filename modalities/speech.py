@@ -48,6 +48,7 @@ class Speech(Modality):
     extensions: ClassVar = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
     columns: ClassVar = ("audio", "speech", "input_values")
     mask_styles: ClassVar = ("random", "block")
+    affine: ClassVar = True
 
     def __init__(
         self,

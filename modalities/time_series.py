@@ -65,6 +65,7 @@ class TimeSeries(Modality):
     extensions: ClassVar = (".csv", ".npy", ".npz")
     columns: ClassVar = ("X", "x", "series", "values", "time_series")
     mask_styles: ClassVar = ("random", "block", "future")
+    affine: ClassVar = True
 
     def __init__(
         self,

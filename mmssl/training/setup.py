@@ -61,6 +61,7 @@ def make_optimizer(module: nn.Module, train: TrainArguments) -> torch.optim.Adam
         lr=train.learning_rate,
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
+        fused=True,  # one pass over the weights where the default makes several
     )
 
 

@@ -146,6 +146,7 @@ SMALL_PROJECTOR = {"projector_layers": 2, "projector_hidden_size": 16, "projecto
 OBJECTIVES: dict[str, list[dict[str, Any]]] = {
     "MaskedReconstruction": [
         {"corruption": "drop", "decoder_layers": 1, **SMALL_DECODER},
+        {"corruption": "drop", "mask_ratio": 0.6, "predict_ratio": 0.5, "decoder_layers": 1, **SMALL_DECODER},
         {"corruption": "replace", "decoder_layers": 0, "mask_style": "block", "masks_per_sample": 2},
         {
             "corruption": "replace",

@@ -1,6 +1,7 @@
 """Every modality with every objective: what must hold whatever they are."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -167,3 +168,18 @@ def test_eight_samples_are_over_fitted(modality: str, objective: str, options: d
         if all(each < 0.5 * losses[0] for each in losses[-5:]):
             return
     pytest.fail(f"the loss did not stay below half of {losses[0]:.3f}: it ended at {losses[-5:]}")
+
+
+@pytest.mark.parametrize("modality", names("modalities"))
+def test_an_affine_modality_embeds_by_one_affine_map(modality: str) -> None:
+    """The embedding of a mixture is the mixture of embeddings, wherever tokens lie; others say that they are not."""
+    module, plain = build(modality, "MaskedReconstruction", {"views": False})
+    adapter = module.model.adapters[modality]
+    tokens = adapter.tokenize(make_batch(plain, 4))
+    mixed = 0.3 * tokens.content.float() + 0.7 * tokens.content.float().flip(0)
+    moved = replace(tokens, content=mixed, coords=tokens.coords.flip(1))
+    embedded = adapter.eval().embed(tokens)
+    expected = 0.3 * embedded + 0.7 * embedded.flip(0)
+    both = tokens.valid & tokens.valid.flip(0)
+    same = torch.allclose(adapter.embed(moved)[both], expected[both], atol=1e-4)
+    assert same == adapter.affine

@@ -766,3 +766,26 @@ def test_digits_graph_joins_digits_to_the_nearest_by_their_pixels() -> None:
         distance[node] = np.inf
         read = graph["edge_index"][0][graph["edge_index"][1] == node]
         assert len(set(read.tolist())) == 8 and np.sort(distance[read]).tolist() == np.sort(distance)[:8].tolist()
+
+
+def test_features_that_are_nearly_all_zero_are_multiplied_one_by_one() -> None:
+    """Values and gradients of a dense product; nodes without any feature, and the first and last of them, too."""
+    torch.manual_seed(0)
+    content = torch.randn(2, 30, 400) * (torch.rand(2, 30, 400) < 0.01)
+    content[0, 0] = content[1, -1] = content[1, 3:6] = 0
+    modality = Graph(num_features=400).build(16)
+    tokens = Tokens(content, torch.zeros(2, 30, 0), torch.ones(2, 30, dtype=torch.bool))
+    weight = torch.randn(2, 30, 16)
+    found = modality.embed(tokens)
+    assert "EmbeddingBag" in str(found.grad_fn.next_functions[0][0].next_functions)
+    expected = content @ modality.projection.weight.T + modality.projection.bias
+    torch.testing.assert_close(found, expected)
+    for out in (found, expected):
+        (out * weight).sum().backward()
+    assert modality.projection.weight.grad is not None and modality.projection.bias.grad is not None
+    torch.testing.assert_close(modality.projection.bias.grad, 2 * weight.sum(dim=(0, 1)))
+    torch.testing.assert_close(
+        modality.projection.weight.grad, 2 * torch.einsum("bnd,bnf->df", weight, content), atol=1e-4, rtol=1e-4
+    )
+    content[0] = 1.0
+    assert "EmbeddingBag" not in str(modality.embed(tokens).grad_fn.next_functions)

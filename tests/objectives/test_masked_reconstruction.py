@@ -549,3 +549,81 @@ def test_options_that_cannot_work_are_refused(case: str) -> None:
 def test_unknown_mask_style_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'tube'.*random, block"):
         make(mask_style="tube")(images(), key(0))
+
+
+# A share of the hidden tokens is predicted
+
+
+def padded_batch() -> Batch:
+    """Rows with 16, 16, 9 and 5 patches that are not padding."""
+    batch = images()
+    batch["pixel_values"][2, :, 6:] = batch["pixel_values"][3, :, 2:] = 0
+    batch["pixel_values"][2, :, 4:6, 2:] = 0
+    batch["pixel_values"][3, :, 2:4, :2] = 1
+    return batch
+
+
+def test_all_of_them_are_what_it_is_without_the_option() -> None:
+    """Predictions, targets, and the loss of padded rows."""
+    batch = padded_batch()
+    whole, shared = (make(cls=Padded, predict_ratio=ratio) for ratio in (None, 1.0))
+    torch.testing.assert_close(shared(batch, key(0)).loss, whole(batch, key(0)).loss)
+    tokens = clean_tokens(whole, batch)
+    one, other = (each.reconstruct(modality_of(each), tokens, key(0)) for each in (whole, shared))
+    assert one.index is not None and other.index is not None
+    assert torch.equal(one.where, other.where) and torch.equal(one.index[one.where], other.index[other.where])
+    torch.testing.assert_close(one.prediction[one.where], other.prediction[other.where])
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8])
+def test_others_are_neither_decoded_nor_counted(ratio: float) -> None:
+    """The decoder reads the visible tokens and the share, rounded up, at their places; in time each token is in it."""
+    objective = make(cls=Padded, predict_ratio=ratio)
+    modality, tokens = modality_of(objective), clean_tokens(objective, padded_batch())
+    mask, read = mask_of(objective, tokens), list[Any]()
+    objective.decoder.register_forward_pre_hook(lambda _, inputs: read.append(inputs))
+    all_places, ever = objective.decoder_positions["image"](tokens.coords), torch.zeros_like(mask.hidden)
+    for seed in range(40):
+        again = key(0)
+        modality.mask(tokens, 0.75, again, "random")  # the same mask each time, then another share
+        torch.rand(seed, generator=again)
+        _, small, kept = objective.filled(tokens, mask, again)
+        out = objective.reconstruct(modality, tokens, key(seed))
+        assert kept is not None and out.index is not None
+        chosen = torch.zeros_like(mask.hidden).scatter(1, kept, small.hidden)
+        assert (chosen <= mask.hidden).all()
+        counts = (mask.hidden.sum(dim=1) * ratio).ceil().long()
+        assert chosen.sum(dim=1).tolist() == counts.tolist() == out.where.sum(dim=1).tolist()
+        ever |= chosen
+    content, place, valid, *_ = read[-1]
+    counts = out.where.sum(dim=1) + out.seen.valid.sum(dim=1)
+    assert valid.sum(dim=1).tolist() == counts.tolist() and content.shape[1] == counts.max()
+    hidden = mask_of(objective, tokens, 39).hidden
+    for row in range(4):
+        visible = (tokens.valid & ~hidden)[row].nonzero().flatten().tolist()
+        these = sorted(visible + out.index[row, out.where[row]].tolist())
+        assert torch.equal(place[row, valid[row]], all_places[row, these])
+    assert torch.equal(ever, mask.hidden)
+
+
+def test_the_loss_is_the_mean_over_the_share() -> None:
+    """Of the predictions of another objective with the same weights and the same draws, at these tokens."""
+    objective, batch = make(predict_ratio=0.5), images()
+    modality, tokens = modality_of(objective), clean_tokens(objective, batch)
+    out = objective.reconstruct(modality, tokens, key(7))
+    assert out.index is not None
+    target = torch.stack([tokens.content[row, out.index[row]] for row in range(4)])
+    mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
+    errors = ((target - mean) / (variance + 1e-6).sqrt() - out.prediction).square().mean()
+    torch.testing.assert_close(objective(batch, key(7)).loss, errors)
+
+
+def test_in_evaluation_all_are_predicted() -> None:
+    objective, batch = make(predict_ratio=0.3).eval(), images()
+    torch.testing.assert_close(objective(batch, key(0)).loss, make().eval()(batch, key(0)).loss)
+
+
+@pytest.mark.parametrize("options", [{"predict_ratio": 0.0}, {"predict_ratio": 1.1}, {"corruption": "replace"}])
+def test_a_share_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="predict_ratio: found"):
+        make(**{"predict_ratio": 0.5, "decoder_layers": 1, **options})
