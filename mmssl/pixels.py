@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
-from PIL import ImageOps
 from torch import Tensor, nn
 
 from mmssl.samples import file_of, number_array
@@ -51,7 +51,9 @@ def read_image(sample: Any, size: Size, channels: int, least: Size) -> Tensor:
         try:
             sample = PILImage.open(sample)
             if sample.format == "JPEG":  # decode at a fraction of the size where that is enough
-                sample.draft(None, (2 * size[1], 2 * size[0]))
+                turned = sample.getexif().get(ExifTags.Base.Orientation, 1) > 4  # stored lying on its side
+                height, width = reversed(size) if turned else size
+                sample.draft(None, (2 * width, 2 * height))
             sample.load()
         except Exception as error:  # PIL's decoders raise nearly anything at a corrupt file
             raise ValueError(f"not a readable image ({error}); expected an intact image file") from error

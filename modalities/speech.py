@@ -1,7 +1,9 @@
 """Speech and other sound: waveforms of any rate and length as log-mel frames (Liu et al., TERA, 2021)."""
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +32,7 @@ class Speech(Modality):
         win_length: length of the Hann window, in samples.
         hop_length: samples from one frame to the next.
         rms_level: loudness that waveforms are scaled to, in dB of the root mean square. None: as they are.
-        max_seconds: in training, longer clips are cut: at random in a view, else after this time.
+        max_seconds: in training, longer clips are cut: files and views at random, arrays after this time.
         distance: "l1" (TERA) or "l2" error of an element of a frame.
         time_ratio: share of frames altered in time, as in ``round(frames * time_ratio / time_width)`` blocks.
         time_width: frames of a block altered in time, and longest hidden block of the mask style "block".
@@ -93,12 +95,50 @@ class Speech(Modality):
 
     def prepare(self, sample: Any) -> dict[str, Tensor]:
         """Decode, mix down, resample and scale a path, bytes, a ``{"bytes", "path"}`` record, a
-        ``{"array", "sampling_rate"}`` record, or an array (samples,) or (channels, samples) at ``sampling_rate``."""
+        ``{"array", "sampling_rate"}`` record, or an array (samples,) or (channels, samples) at ``sampling_rate``.
+
+        Of a file longer than ``max_seconds`` only the header is read: ``excerpt`` decodes what is asked for.
+        """
+        if isinstance(sample, dict) and sample.get("array") is None:
+            sample = file_of(sample)
+        if not isinstance(sample, str | Path | bytes):
+            return {"input_values": self.wave(*self.from_array(sample))}
+        with open_sound(sample) as file:
+            if file.frames <= self.max_seconds * file.samplerate:
+                return {"input_values": self.wave(*decode_audio(file))}
+            kind, data = ("file", sample) if isinstance(sample, bytes) else ("path", os.fsencode(sample))
+            return {
+                kind: torch.frombuffer(bytearray(data), dtype=torch.uint8),
+                "length": torch.tensor(file.frames),
+                "rate": torch.tensor(file.samplerate),
+            }
+
+    def excerpt(self, sample: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Of a file longer than ``max_seconds``, so much at a random place in training, which is not silent; else all.
+
+        Raises:
+            ValueError: nothing but silence at ten places, or what ``prepare`` refuses.
+        """
+        if "input_values" in sample:
+            return sample
+        data = sample["file" if "file" in sample else "path"].numpy().tobytes()
+        kept = int(self.max_seconds * int(sample["rate"]))
+        with open_sound(data if "file" in sample else os.fsdecode(data)) as file:
+            if generator is None:
+                return {"input_values": self.wave(*decode_audio(file))}
+            for _ in range(10):
+                start = int(torch.randint(int(sample["length"]) - kept + 1, (), generator=generator))
+                wave, rate = decode_audio(file, start, kept)
+                if wave.any():
+                    break
+        return {"input_values": self.wave(wave, rate)}
+
+    def wave(self, wave: Tensor, rate: int) -> Tensor:
+        """Mix down, resample and scale."""
         try:
             from torchaudio.functional import resample
         except ImportError as error:
             raise ImportError('speech needs torchaudio and soundfile: pip install "mmssl[speech]"') from error
-        wave, rate = self.decode(sample)
         if not wave.isfinite().all():
             raise ValueError("found NaN or infinite samples; expected finite values")
         if wave.dim() == 2:
@@ -115,18 +155,12 @@ class Speech(Modality):
             raise ValueError("found silence (every sample is zero); expected sound")
         if self.rms_level is not None:
             wave = wave * (10 ** (self.rms_level / 20) / (rms + 1e-10))
-        return {"input_values": wave}
+        return wave
 
-    def decode(self, sample: Any) -> tuple[Tensor, int]:
+    def from_array(self, sample: Any) -> tuple[Tensor, int]:
         rate = self.sampling_rate
-        if isinstance(sample, dict) and sample.get("array") is not None:
+        if isinstance(sample, dict):
             sample, rate = sample["array"], int(sample["sampling_rate"])
-        elif isinstance(sample, dict):
-            sample = file_of(sample)
-        if isinstance(sample, str | Path):
-            sample = Path(sample).read_bytes()
-        if isinstance(sample, bytes):
-            return decode_audio(sample)
         wave = torch.from_numpy(number_array(sample))
         if not wave.is_floating_point():
             if wave.dtype not in (torch.int16, torch.int32):
@@ -361,29 +395,46 @@ class Speech(Modality):
         return View({**batch, "input_values": waves, "attention_mask": inside.long()}, parameters)
 
 
-def decode_audio(data: bytes) -> tuple[Tensor, int]:
-    """wav, flac, ogg, mp3 and others to (channels, samples) and their rate, through libsndfile.
+@contextmanager
+def open_sound(data: bytes | str | Path) -> Iterator[Any]:
+    """A wav, flac, ogg, mp3 or other file, open, through libsndfile.
 
     Raises:
         ValueError: not a sound file, or one that ends before its header says.
     """
-    import soundfile
+    try:
+        import soundfile
+    except ImportError as error:
+        raise ImportError('speech needs torchaudio and soundfile: pip install "mmssl[speech]"') from error
 
     # libsndfile reads what is left of a cut wav without a word. 0xFFFFFFFF: written by a stream, length unknown.
-    announced = int.from_bytes(data[4:8], "little") if data[:4] == b"RIFF" else 0
-    if announced != 0xFFFFFFFF and announced + 8 > max(len(data), 8):
-        raise ValueError(f"truncated: the header announces {announced + 8} bytes, found {len(data)}")
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            wave = file.read(dtype="float32", always_2d=True)
-            frames, rate = file.frames, file.samplerate
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"not a readable sound file ({error}); expected wav, flac, ogg or mp3") from error
-    if len(wave) < frames:
-        raise ValueError(f"truncated: the header announces {frames} samples, found {len(wave)}")
+    with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as stream:
+        head, size = stream.read(8), stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        announced = int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
+        if announced != 0xFFFFFFFF and announced + 8 > max(size, 8):
+            raise ValueError(f"truncated: the header announces {announced + 8} bytes, found {size}")
+        try:
+            with soundfile.SoundFile(stream) as file:
+                yield file
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"not a readable sound file ({error}); expected wav, flac, ogg or mp3") from error
+
+
+def decode_audio(file: Any, start: int = 0, count: int | None = None) -> tuple[Tensor, int]:
+    """(channels, samples) of an open sound file from a sample on, and their rate.
+
+    Raises:
+        ValueError: no samples, or fewer than the header says.
+    """
+    expected = file.frames if count is None else count
+    file.seek(start)
+    wave = file.read(expected, dtype="float32", always_2d=True)
+    if len(wave) < expected:
+        raise ValueError(f"truncated: the header announces {expected} samples, found {len(wave)}")
     if len(wave) == 0:
         raise ValueError("found no samples; expected sound")
-    return torch.from_numpy(wave.T), rate
+    return torch.from_numpy(wave.T), file.samplerate
 
 
 @lru_cache(maxsize=8)

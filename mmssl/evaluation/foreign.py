@@ -188,7 +188,7 @@ class Sounds(Prepared):
 
     def prepare(self, sample: Any) -> dict[str, Tensor]:
         """What ``Speech.prepare`` takes; the feature extractor normalises."""
-        return self.reader.prepare(sample)
+        return self.reader.excerpt(self.reader.prepare(sample), None)
 
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> Batch:
         waves = [sample["input_values"].numpy() for sample in samples]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 from scipy.interpolate import RegularGridInterpolator
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from mmssl import MMSSLConfig, MMSSLModel
 from mmssl.modalities.base import View
 from mmssl.modalities.image import Image
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
+from mmssl.pixels import read_image
 from mmssl.tokens import Tokens
 from mmssl.training import TrainArguments
 from mmssl.training.setup import make_optimizer
@@ -762,3 +764,19 @@ def test_labels_of_a_picture_that_is_turned_by_its_record() -> None:
 def test_labels_that_are_not_of_the_pixels(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="an image of 8x8 pixels and labels of shape"):
         make().labelled(noise(8, 8, 3), np.zeros(shape, dtype=np.int64))
+
+
+def test_a_large_photo_that_lies_on_its_side_is_decoded_large_enough(tmp_path: Path) -> None:
+    """A fraction of the size is decoded where that is enough for the picture as it is turned, not as it is stored."""
+    waves = torch.linspace(0, 1300, 2688).sin()[None, :] * torch.linspace(0, 800, 896).cos()[:, None]  # fine ones
+    stored = PILImage.fromarray(((waves + 1) * 127).byte().numpy())
+    for orientation in (1, 6, 8):
+        exif = PILImage.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        stored.save(tmp_path / "photo.jpg", quality=95, exif=exif)
+        with PILImage.open(tmp_path / "photo.jpg") as whole:
+            turned = np.asarray(ImageOps.exif_transpose(whole))
+        size = (224, 672) if orientation == 1 else (672, 224)
+        for wanted in (size, size[::-1]):
+            found = read_image(tmp_path / "photo.jpg", wanted, 1, (1, 1))
+            assert (found - read_image(turned, wanted, 1, (1, 1))).abs().mean() < 0.01

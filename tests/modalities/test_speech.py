@@ -229,6 +229,39 @@ def test_clips_are_cut_after_max_seconds() -> None:
     assert torch.equal(cut.content, expected.content) and torch.equal(cut.valid, expected.valid)
 
 
+@pytest.mark.parametrize("as_path", [False, True], ids=["bytes", "path"])
+@pytest.mark.parametrize("container", ["WAV", "FLAC"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_of_a_long_file_training_reads_parts_at_random(
+    tmp_path: Path, container: str, channels: int, as_path: bool
+) -> None:
+    """A ramp, whose values say where they are from; without a generator, all of it."""
+    ramp = (np.arange(20_000) / 32_768).astype(np.float32)
+    data = encoded(np.stack([ramp] * channels, axis=1), container, "PCM_16")
+    (tmp_path / "ramp").write_bytes(data)
+    speech = Speech(max_seconds=0.5, rms_level=None)
+    sample = speech.prepare(tmp_path / "ramp" if as_path else data)
+    starts = []
+    for seed in range(30):
+        part = speech.excerpt(sample, keyed(seed))["input_values"]
+        start = int(part[0] * 32_768)
+        assert torch.equal(part, torch.from_numpy(ramp[start : start + 8000]))
+        starts.append(start)
+    assert min(starts) < 3000 and max(starts) > 9000 and len(set(starts)) > 20
+    assert torch.equal(speech.excerpt(sample, None)["input_values"], torch.from_numpy(ramp))
+
+
+def test_of_a_long_file_silent_parts_are_passed_by() -> None:
+    wave = np.zeros(80_000, np.float32)
+    wave[40_000:] = chord(40_000)
+    speech = Speech(max_seconds=0.5)
+    sample = speech.prepare(encoded(wave, subtype="PCM_16"))
+    assert all(speech.excerpt(sample, keyed(seed))["input_values"].any() for seed in range(20))
+    silent = speech.prepare(encoded(np.zeros(80_000, np.float32)))
+    with pytest.raises(ValueError, match="silence"):
+        speech.excerpt(silent, keyed(0))
+
+
 def cut_file(container: str) -> bytes:
     data = encoded(chord(), container, "PCM_16")
     return data[: len(data) // 2]

@@ -595,6 +595,7 @@ def test_others_are_neither_decoded_nor_counted(ratio: float) -> None:
         counts = (mask.hidden.sum(dim=1) * ratio).ceil().long()
         assert chosen.sum(dim=1).tolist() == counts.tolist() == out.where.sum(dim=1).tolist()
         ever |= chosen
+    assert out.index is not None
     content, place, valid, *_ = read[-1]
     counts = out.where.sum(dim=1) + out.seen.valid.sum(dim=1)
     assert valid.sum(dim=1).tolist() == counts.tolist() and content.shape[1] == counts.max()
@@ -612,7 +613,7 @@ def test_the_loss_is_the_mean_over_the_share() -> None:
     modality, tokens = modality_of(objective), clean_tokens(objective, batch)
     out = objective.reconstruct(modality, tokens, key(7))
     assert out.index is not None
-    target = torch.stack([tokens.content[row, out.index[row]] for row in range(4)])
+    target = torch.stack([content[places] for content, places in zip(tokens.content, out.index, strict=True)])
     mean, variance = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     errors = ((target - mean) / (variance + 1e-6).sqrt() - out.prediction).square().mean()
     torch.testing.assert_close(objective(batch, key(7)).loss, errors)
