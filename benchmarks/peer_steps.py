@@ -362,7 +362,7 @@ def patchtst_of_transformers() -> Side:
         num_attention_heads=16,
         ffn_dim=512,
         attention_dropout=0.0,
-        ff_dropout=0.2,
+        ff_dropout=0.0,  # ours has none there
         path_dropout=0.2,
         positional_dropout=0.2,
         do_mask_input=True,
