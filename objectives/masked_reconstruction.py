@@ -38,7 +38,7 @@ class Reconstruction:
 
     Attributes:
         clean: the tokens as they were.
-        seen: the tokens that the encoder read.
+        seen: the tokens that the encoder read; where embeddings were replaced and not contents, with their contents.
         encoded: (B, K, D) its output for them.
         prediction: (B, M, *V) what hidden or altered tokens are taken to have been.
         where: (B, M) tokens or (B, M, *V) elements that count in the loss.
@@ -276,7 +276,7 @@ class MaskedReconstruction(Objective):
     def masked_content(
         self, modality: Modality, clean: Tokens, mask: Mask, generator: torch.Generator
     ) -> tuple[Tokens, Tensor]:
-        """The tokens with hidden contents replaced, and their embeddings (B, N, D)."""
+        """Tokens, and their embeddings (B, N, D) with hidden ones replaced: after ``embed`` where that is the same."""
         masked, seen, source = mask.hidden, clean, None
         if self.replace_ratio:
             device = masked.device
