@@ -167,7 +167,10 @@ def test_the_student_begins_at_the_original_and_not_at_the_teacher(tmp_path: Pat
 
 def test_with_a_weight_of_zero_it_is_further_pretraining_to_the_bit(tmp_path: Path, stages: Path) -> None:
     lines = run(tmp_path / "run", both(stages / "further", weight=0.0), stages / "original", seed=1)
-    assert exact(lines) == exact(metrics(stages / "further"))
+    alone = metrics(stages / "further")
+    for ours, theirs in zip(lines, alone, strict=True):  # its sum is over the parameters in another order
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-6)
+    assert [line["loss"] for line in lines] == [line["loss"] for line in alone]
     one, two = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run", stages / "further"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
