@@ -574,7 +574,7 @@ def test_masked_patches_are_zero_as_published() -> None:
     tokens = adapter.tokenize(batch_of(modality))
     mask = adapter.mask(tokens, 0.4, keyed())
     seen, embedded = objective.masked_content(adapter, tokens, mask, keyed())
-    zero = adapter.projection.bias.expand_as(embedded[mask.hidden])  # what zeros are embedded as
+    zero = adapter.get_parameter("projection.bias").expand_as(embedded[mask.hidden])  # what zeros are embedded as
     assert torch.equal(embedded[mask.hidden], zero) and objective.input_mask_tokens["time_series_token"].eq(0).all()
     torch.testing.assert_close(embedded[~mask.hidden], adapter.embed(tokens)[~mask.hidden])
     assert torch.equal(seen.coords, tokens.coords)
