@@ -347,6 +347,9 @@ def init_weights(module: nn.Module, config: EncoderConfig) -> None:
     elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
         init.ones_(module.weight)
         init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm1d):
+        for name, value in module.state_dict(keep_vars=True).items():
+            (init.ones_ if name in ("weight", "running_var") else init.zeros_)(value)
     elif isinstance(module, LayerScale):
         init.constant_(module.scale, module.start)
     elif isinstance(module, Encoder) and module.num_prefix_tokens:

@@ -9,7 +9,6 @@ from huggingface_hub.dataclasses import type_validator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -17,7 +16,6 @@ from transformers.utils.output_capturing import capture_outputs
 from mmssl.discovery import find, option_names
 from mmssl.encoder import Attention, Encoder, EncoderConfig, EncoderLayer, EncoderOutput, init_weights
 from mmssl.modalities.base import Batch, Modality
-from mmssl.positions import GridPositions
 from mmssl.tokens import Tokens
 
 
@@ -134,8 +132,8 @@ class MMSSLModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_weights(module, self.config)
-        if isinstance(module, GridPositions):
-            init.normal_(module.grid_tokens, std=self.config.initializer_range)
+        if start_values := getattr(module, "start_values", None):  # of parameters that are no layer's of torch
+            start_values(self.config.initializer_range)
 
     @property
     def adapters(self) -> dict[str, Modality]:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 
 class SinCosPositions(nn.Module):
@@ -55,7 +56,11 @@ class MLPPositions(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(axes, hidden_size)
         self.fc2 = nn.Linear(hidden_size, width)
-        self.gate = None if gate is None else nn.Parameter(torch.full((1,), gate))
+        self.start, self.gate = gate, None if gate is None else nn.Parameter(torch.full((1,), gate))
+
+    def start_values(self, std: float) -> None:
+        if self.gate is not None and self.start is not None:
+            init.constant_(self.gate, self.start)
 
     def forward(self, coords: Tensor) -> Tensor:
         position = self.fc2(nn.functional.gelu(self.fc1(coords.to(self.fc1.weight.dtype))))
@@ -83,7 +88,11 @@ class IndexPositions(nn.Module):
 
     def __init__(self, width: int, count: int):
         super().__init__()
-        self.index_tokens = nn.Parameter(torch.empty(count, width).normal_(std=0.02))
+        self.index_tokens = nn.Parameter(torch.empty(count, width))
+        self.start_values()
+
+    def start_values(self, std: float = 0.02) -> None:
+        init.normal_(self.index_tokens, std=std)
 
     def forward(self, coords: Tensor) -> Tensor:
         return nn.functional.embedding(coords[..., 0].round().long(), self.index_tokens)
@@ -131,7 +140,11 @@ class GridPositions(nn.Module):
 
     def __init__(self, width: int, grid: tuple[int, ...]):
         super().__init__()
-        self.grid_tokens = nn.Parameter(torch.empty(*grid, width).normal_(std=0.02))
+        self.grid_tokens = nn.Parameter(torch.empty(*grid, width))
+        self.start_values()
+
+    def start_values(self, std: float = 0.02) -> None:
+        init.normal_(self.grid_tokens, std=std)
 
     def forward(self, coords: Tensor) -> Tensor:
         *grid, width = self.grid_tokens.shape

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from mmssl.drawings import Cells, Drawing
 from mmssl.modalities.base import Batch, Modality, View, nearest
@@ -117,14 +118,17 @@ class Tabular(Modality):
 
     def build(self, width: int) -> Self:
         self.check_fitted()
-        bound = width**-0.5  # FT-Transformer's start values; their names keep them from weight decay, as there
-
-        def start(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
-
-        self.cell_tokens, self.column_tokens = start(self.num_rows, width), start(len(self.layout), width)
-        self.missing_token = start(width)
+        self.cell_tokens = nn.Parameter(torch.empty(self.num_rows, width))  # these names keep them from weight decay
+        self.column_tokens = nn.Parameter(torch.empty(len(self.layout), width))
+        self.missing_token = nn.Parameter(torch.empty(width))
+        self.start_values()
         return super().build(width)
+
+    def start_values(self, std: float = 0.02) -> None:
+        """FT-Transformer's: uniform, by the width alone."""
+        bound = len(self.missing_token) ** -0.5
+        for tokens in (self.cell_tokens, self.column_tokens, self.missing_token):
+            init.uniform_(tokens, -bound, bound)
 
     def check_fitted(self) -> None:
         if self.schema is None:

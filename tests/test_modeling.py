@@ -227,6 +227,32 @@ def test_a_checkpoint_with_missing_keys_gets_start_values_there_and_keeps_the_re
             assert torch.equal(value, saved[name]), name
 
 
+LEARNED = {name: {"position_embedding": "learned"} for name in ("image", "video", "tabular")} | {
+    "graph": {"random_walk_steps": 4, "encoding_gate": 0.5}
+}
+
+
+@pytest.mark.parametrize("name", names("modalities"))
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+def test_every_parameter_of_a_modality_has_start_values_where_a_checkpoint_lacks_it(name: str, tmp_path: Path) -> None:
+    options = {**MODALITIES[name][0], **LEARNED.get(name, {})}
+    shape: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = MMSSLModel(MMSSLConfig(modalities={name: options}, **shape))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = {key: value for key, value in load_file(file).items() if not key.startswith("modalities.")}
+    save_file(kept, file, metadata={"format": "pt"})
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for (key, value), start in zip(loaded.named_parameters(), model.parameters(), strict=True):
+        assert value.isfinite().all(), key
+        assert value.std(unbiased=False).item() == pytest.approx(start.std(unbiased=False).item(), rel=0.5), key
+        if value.numel() == 1:
+            assert torch.equal(value, start), key
+    for (key, found), begun in zip(loaded.named_buffers(), model.buffers(), strict=True):
+        assert torch.equal(found, begun), key
+
+
 def by_pickle(model: MMSSLModel) -> MMSSLModel:
     return pickle.loads(pickle.dumps(model))
 
