@@ -11,8 +11,8 @@ LEVELS = 2**16  # of 16 random bits
 def dropout(values: Tensor, p: float, training: bool = True) -> Tensor:
     """As torch's function; on a CPU, values are dropped by 16 random bits each.
 
-    torch draws a random number in double precision for each value there, which is 10 to 16 % of a training step
-    (docs/performance.md). The share that is dropped is ``p`` to within 2**-17.
+    torch's is 11 to 16 % of a training step there, most of it random numbers (docs/performance.md). The share that is
+    dropped is ``p`` to within 2**-17.
     """
     share = round(p * LEVELS)
     if not training or share == 0:

@@ -359,7 +359,7 @@ def test_drop_path_of_a_block_drops_each_branch_by_itself() -> None:
     distance = torch.stack([(found - case).abs().amax(dim=(1, 2)) for case in cases])
     assert distance.amin(dim=0).max() < 1e-5
     assert set(distance.argmin(dim=0).tolist()) == {0, 1, 2, 3}
-    assert torch.equal(layer.eval()(row.expand(2, -1, -1), None)[0], layer(row, None)[0])
+    torch.testing.assert_close(layer.eval()(row.expand(2, -1, -1), None), layer(row, None).expand(2, -1, -1))
 
 
 def test_drop_path_rate_grows_linearly_over_depth() -> None:
@@ -579,6 +579,21 @@ def test_causal_attention_passes_over_padding_before_and_between_tokens(attentio
     tokens[valid].square().sum().backward()
     assert inputs.content.grad is not None and inputs.content.grad.isfinite().all()
     assert not inputs.content.grad[~valid].any()
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_causal_attention_reads_nothing_later_while_dropout_is_drawn(attention: str) -> None:
+    encoder, inputs = make_encoder(attention, **PRE, causal_attention=True), make_inputs(edges=False)
+    inputs.valid[:] = True
+    encoder.config.attention_probs_dropout_prob = 0.5
+    encoder.train()
+    inputs.content.requires_grad_()
+    length = inputs.valid.shape[1]
+    for token in range(length):
+        (output,) = torch.autograd.grad(run(encoder, inputs)[0][:, token, 0].sum(), inputs.content)
+        read = output.abs().sum(-1) > 0
+        assert read[:, token].all() and not read[:, token + 1 :].any()
+        assert token == 0 or read[:, :token].any()
 
 
 @torch.no_grad()
