@@ -30,6 +30,8 @@ def closing_words(run: Path, objective: Objective, data: DataArguments) -> None:
     look(run, objective, data, next(iter(record["modality"])), "reconstructions.png")
     for name, source in record.get("also", {}).items():
         look(run, objective, DataArguments(**source["data"]), name, f"reconstructions_{name}.png")
+    if (hub := record["train"].get("hub_model_id")) and any(run.glob("scores*.json")):
+        print(f"To put these scores on the card of {hub}: mmssl push {run} {hub}")
 
 
 def look(run: Path, objective: Objective, data: DataArguments, name: str, picture: str) -> None:

@@ -26,7 +26,7 @@ from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.objectives.base import Objective, ObjectiveOutput
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 from mmssl.randomness import keyed_generator
-from mmssl.training.allocator import keep_freed_memory
+from mmssl.training.allocator import freed_memory_kept
 from mmssl.training.arguments import ModelArguments, Source, TrainArguments
 from mmssl.training.checkpoint import RECORD, check_same_run, find_checkpoint, flatten, save_checkpoint, whole_or_not
 from mmssl.training.failures import Failures, deaths_of_workers_explained
@@ -106,8 +106,6 @@ def pretrain(
         kwargs_handlers=joint,
     )
     check_output_dir(output_dir, train)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     hub = Uploads(accelerator, output_dir, train.hub_model_id, train.hub_private_repo)
     hub.begin()
     if model.peft_type and train.metric_for_best_model:
@@ -175,7 +173,8 @@ def pretrain(
 
     failures.begin(progress.step)
     health.begin(progress.step)
-    run.to_the_end()
+    with freed_memory_kept(accelerator.device):
+        run.to_the_end()
 
     record |= run.standing()
     if model.peft_type:
