@@ -8,6 +8,7 @@ login`, or the environment variable HF_TOKEN): nothing here stores or prints it.
 import io
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ from tqdm.auto import tqdm
 from mmssl.model_card import CURVES, METRICS, RECIPE, RECORD, SCORES, card, read_record, recipe, without_paths
 from mmssl.modeling import MMSSLConfig, MMSSLModel
 from mmssl.processing import MMSSLProcessor
+from mmssl.remote_code import add_code
 
-MODEL = ("config.json", "model.safetensors", "processor_config.json")
+CONFIGS = ("config.json", "processor_config.json")
+MODEL = (*CONFIGS, "model.safetensors")
 
 
 def push(
@@ -38,6 +41,7 @@ def push(
     revision: str | None = None,
     license: str | None = None,
     commit_message: str | None = None,
+    self_contained: bool = False,
 ) -> str:
     """Put a finished run on the Hub, in one commit; what the repository had before stays in its history.
 
@@ -48,6 +52,8 @@ def push(
         revision: branch to put it on, made if it is not there. None: main.
         license: of the model, by its name on the Hub, such as "mit" or "cc-by-4.0". None: the card says there is none.
         commit_message: what the history says. None: the number of steps.
+        self_contained: put the code of the model and its processor beside it, for those who have transformers and not
+            mmssl, and load it with ``trust_remote_code=True``.
 
     Returns:
         The address of the commit.
@@ -62,7 +68,7 @@ def push(
     if earlier := prepare_repo(repo_id, private, revision):
         shown = ", ".join(earlier[:5]) + ", ..." * (len(earlier) > 5)
         print(f"{repo_id} has files already ({shown}): this is a new commit on top, earlier ones stay in its history")
-    return upload(run, record, repo_id, revision, license, commit_message)
+    return upload(run, record, repo_id, revision, license, commit_message, self_contained)
 
 
 def read_finished(run: Path) -> dict[str, Any]:
@@ -147,21 +153,32 @@ def upload(
     revision: str | None = None,
     license: str | None = None,
     commit_message: str | None = None,
+    self_contained: bool = False,
 ) -> str:
     """Commit the files of a run and what is made of them; returns the address of the commit."""
     record = without_paths(record)
-    extras: dict[str, bytes] = {RECIPE: recipe(record).encode()}
+    files: dict[str, str | bytes] = {name: str(run / name) for name in (*MODEL, METRICS) if (run / name).is_file()}
+    files[RECIPE] = recipe(record).encode()
     if (curves := picture_of(run, record)) is not None:
-        extras[CURVES] = curves
+        files[CURVES] = curves
     for path in sorted(run.glob(SCORES)):
-        extras[path.name] = json.dumps(without_paths(json.loads(path.read_text())), indent=2).encode()
-    extras["README.md"] = str(card(run, repo_id, revision, license)).encode()
-    files = [name for name in (*MODEL, METRICS) if (run / name).is_file()]
-    operations = [CommitOperationAdd(name, str(run / name)) for name in files]
-    operations += [CommitOperationAdd(name, content) for name, content in extras.items()]
+        files[path.name] = json.dumps(without_paths(json.loads(path.read_text())), indent=2).encode()
+    files["README.md"] = str(card(run, repo_id, revision, license, self_contained)).encode()
+    if self_contained:
+        files |= with_code(run)
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     message = commit_message or f"{next(iter(record['objective']))}, {record['steps']} steps"
     with explained(repo_id):
         return HfApi().create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url
+
+
+def with_code(run: Path) -> dict[str, bytes]:
+    """The configurations of a run's model and processor, and the code that they name."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in CONFIGS:
+            shutil.copy(run / name, folder)
+        add_code(Path(folder))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @contextmanager

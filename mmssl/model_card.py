@@ -78,7 +78,13 @@ def class_of(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
     return {"class_path": find("modalities", name, Modality).__name__, "init_args": record["modality"][name]}
 
 
-def card(run: str | Path, repo_id: str, revision: str | None = None, license: str | None = None) -> ModelCard:
+def card(
+    run: str | Path,
+    repo_id: str,
+    revision: str | None = None,
+    license: str | None = None,
+    self_contained: bool = False,
+) -> ModelCard:
     """The card of a run: what it is, how to load it, what it was trained on, what was measured and what was not.
 
     Args:
@@ -86,6 +92,7 @@ def card(run: str | Path, repo_id: str, revision: str | None = None, license: st
         repo_id: where it is to be loaded from.
         revision: branch, if it is not on main.
         license: of the model, if any is stated.
+        self_contained: whether its code is beside it.
     """
     run = Path(run)
     record = without_paths(read_record(run))
@@ -103,7 +110,7 @@ def card(run: str | Path, repo_id: str, revision: str | None = None, license: st
     sections = [
         f"# {repo_id.rpartition('/')[2]}",
         what_it_is(record, objective),
-        f"## Use\n\n{how_to_load(run, record, repo_id, revision)}",
+        f"## Use\n\n{how_to_load(run, record, repo_id, revision, self_contained)}",
         f"## Data\n\n{about_data(record)}",
         f"## Objective\n\n{table(('option', 'value'), record['objective'][objective].items(), objective)}",
         f"## Encoder\n\n{table(('', ''), [('parameters', f'{parameters(run):,}'), *record['encoder'].items()])}",
@@ -134,8 +141,8 @@ def what_it_is(record: Mapping[str, Any], objective: str) -> str:
     return f"A transformer encoder of {kinds} data, pretrained {labels} by mmssl's {objective}.{begun}{unfinished}"
 
 
-def how_to_load(run: Path, record: Mapping[str, Any], repo_id: str, revision: str | None) -> str:
-    """Python that runs where mmssl is installed and the samples are there."""
+def how_to_load(run: Path, record: Mapping[str, Any], repo_id: str, revision: str | None, self_contained: bool) -> str:
+    """Python that runs where mmssl is installed and the samples are there, and what differs where it is not."""
     where = f'"{repo_id}"' + (f', revision="{revision}"' if revision else "")
     lines = [
         "import mmssl  # registers the classes with transformers",
@@ -151,7 +158,14 @@ def how_to_load(run: Path, record: Mapping[str, Any], repo_id: str, revision: st
         lines += ["", f"output = model(**processor({example(modality)}{which}))"]
         lines += ["output.last_hidden_state, output.pooler_output  # (1, tokens, width), (1, width)"]
     about = f"With mmssl {record['versions']['mmssl']}, and paths, or what else the processor takes, of your own:"
-    return about + "\n\n```python\n" + "\n".join(lines) + "\n```"
+    shown = about + "\n\n```python\n" + "\n".join(lines) + "\n```"
+    if self_contained:
+        shown += (
+            "\n\nWithout mmssl, leave out the first line, and give both `from_pretrained` the argument "
+            "`trust_remote_code=True`: that runs the Python files of this repository, so read them first, and name the "
+            "commit that you have read by `revision`."
+        )
+    return shown
 
 
 def example(modality: Modality) -> str:

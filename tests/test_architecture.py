@@ -43,7 +43,7 @@ ENCODING = {
 }
 MODEL = {*ENCODING, "modalities", "modeling", "heads", "feature_queue"}
 USERS = {*MODEL, "processing", "task_models", "objectives", "data", "probes"}
-EVERYTHING = {*USERS, "figures", "export", "model_card", "hub", "training", "evaluation", "cli", "mmssl"}
+EVERYTHING = {*USERS, "figures", "remote_code", "export", "model_card", "hub", "training", "evaluation", "cli", "mmssl"}
 MAY_IMPORT = {
     "discovery": set(),
     "version": set(),
@@ -76,11 +76,12 @@ MAY_IMPORT = {
     "processing": MODEL,
     "task_models": MODEL,
     "figures": {"modalities", "tokens"},
-    "export": {*USERS, "training"},
+    "remote_code": {*MODEL, "processing", "task_models"},
+    "export": {*USERS, "remote_code", "training"},
     "objectives": MODEL,
     "data": {*ENCODING, "modalities"},
     "model_card": {*USERS, "evaluation"},
-    "hub": {*USERS, "evaluation", "model_card"},
+    "hub": {*USERS, "evaluation", "model_card", "remote_code"},
     "training": {*USERS, "figures", "hub"},
     "evaluation": {*USERS, "figures"},
     # mmssl/__init__.py: what `import mmssl` brings; training when first used, the test of a light import sees to that

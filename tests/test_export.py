@@ -25,8 +25,8 @@ from mmssl.discovery import names
 from mmssl.encoder import EncoderConfig
 from mmssl.export import export, self_contained, to_onnx, to_timm, to_transformers
 from mmssl.export.plain_models import NEEDED
-from mmssl.export.remote_code import code_of, without_demands
 from mmssl.modeling import make_modality
+from mmssl.remote_code import code_of, without_demands
 from tests.matrix.cases import MODALITIES
 
 IMAGE: dict[str, Any] = {"image_size": 16, "patch_size": 4, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}

@@ -324,9 +324,14 @@ def test_early_runs_have_cards_too(run: Path) -> None:
     assert "without labels" in text and "collapsed was not measured" in text
 
 
-def test_the_card_shows_the_scores_of_the_closing_words(hub: Hub, run: Path) -> None:
+def test_the_card_shows_the_scores_of_the_closing_words(
+    hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In a table beside raw features and an untrained encoder, and in the form of the Hub's own tables."""
+    record = json.loads((run / "run.json").read_text())
+    change(run / "run.json", train=record["train"] | {"hub_model_id": "tester/digits"})
     closing_words(run, load_objective(run), DataArguments("digits", max_samples=60))
+    assert f"on the card of tester/digits: mmssl push {run} tester/digits" in capsys.readouterr().out
     scores = json.loads((run / "scores.json").read_text())["scores"]
     push(run, "tester/digits")
     uploaded = ModelCard(hub.files("tester/digits")["README.md"].decode())
@@ -757,3 +762,51 @@ def test_from_training_to_another_machine(
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
     assert not [each[:300] for each in (*hub.received, *hub.blobs.values()) if TOKEN.encode() in each]
     assert not [each[:300] for each in hub.blobs.values() if str(tmp_path).encode() in each]
+
+
+ELSEWHERE = """
+import sys, numpy as np
+
+class NoMmssl:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "mmssl":
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, NoMmssl())
+from transformers import AutoModel, AutoProcessor
+name, revision = sys.argv[1:]
+asked = {"revision": revision, "trust_remote_code": True}
+model, processor = (each.from_pretrained(name, **asked) for each in (AutoModel, AutoProcessor))
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+np.save("found.npy", model(**processor(list(np.load("samples.npy")))).pooler_output.detach().numpy())
+"""
+
+
+@pytest.mark.slow
+def test_with_its_code_it_loads_from_the_hub_where_mmssl_is_not(
+    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mmssl", "push", str(run), "tester/alone", "--self_contained", "true"])
+    main()
+    files = hub.files("tester/alone")
+    assert set(files) > UPLOADED and {"modeling.py", "processing.py", "image.py"} < set(files)
+    assert files["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    for name in ("config.json", "processor_config.json"):
+        assert json.loads(files[name]).pop("auto_map")
+        kept = json.loads((run / name).read_text())
+        assert kept.items() <= (json.loads(files[name]) | {"feature_extractor": kept.get("feature_extractor")}).items()
+    assert b"trust_remote_code=True" in files["README.md"]
+    assert not [
+        name for name, content in files.items() if str(tmp_path).encode() in content or b"secretplace" in content
+    ]
+    samples = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
+    np.save(tmp_path / "samples.npy", samples)
+    environment = {
+        **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_OFFLINE": "0",
+    }  # fmt: skip
+    newest = hub.commits("tester/alone")[-1].oid
+    subprocess.run([sys.executable, "-c", ELSEWHERE, "tester/alone", newest], env=environment, cwd=tmp_path, check=True)
+    model, processor = AutoModel.from_pretrained(run), AutoProcessor.from_pretrained(run)
+    expected = model(**processor(list(samples))).pooler_output.detach().numpy()
+    assert (np.load(tmp_path / "found.npy") == expected).all()  # to the bit

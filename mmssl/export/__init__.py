@@ -10,8 +10,8 @@ from transformers import AutoConfig
 
 from mmssl import task_models
 from mmssl.export.plain_models import to_onnx, to_timm, to_transformers
-from mmssl.export.remote_code import self_contained
 from mmssl.modeling import MMSSLConfig, MMSSLModel
+from mmssl.remote_code import self_contained
 
 __all__ = ["export", "self_contained", "to_onnx", "to_timm", "to_transformers"]
 

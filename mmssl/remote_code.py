@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmssl import discovery
 from mmssl.modalities.base import Modality
-from mmssl.modeling import MMSSLModel
+from mmssl.modeling import MMSSLConfig, MMSSLModel, make_modality
 from mmssl.processing import MMSSLFeatureExtractor, MMSSLProcessor
 from mmssl.task_models import TaskModel
 from mmssl.version import __version__
@@ -40,16 +40,20 @@ OWN_IMPORT = re.compile(r"^(\s*)from (mmssl(?:\.\w+)*)\.(\w+) import", flags=re.
 
 
 def self_contained(model: MMSSLModel | TaskModel, folder: str | Path) -> None:
-    """Save a model, with a head or without, its processor, and the code of both.
+    """Save a model, with a head or without, its processor, and the code of both."""
+    model.save_pretrained(folder)
+    MMSSLProcessor(MMSSLFeatureExtractor(model.config.modalities)).save_pretrained(folder)
+    add_code(Path(folder))
+
+
+def add_code(folder: Path) -> None:
+    """Write the code of a model and its processor beside their configurations, and into these where it is.
 
     ``AutoModel`` and ``AutoProcessor`` load them with ``trust_remote_code=True`` where mmssl is not installed, and
     take mmssl's own code where it is imported.
     """
-    folder = Path(folder)
-    model.save_pretrained(folder)
-    MMSSLProcessor(MMSSLFeatureExtractor(model.config.modalities)).save_pretrained(folder)
-    encoder = model.mmssl if isinstance(model, TaskModel) else model
-    for name, text in code_of(encoder.adapters.values()).items():
+    options = MMSSLConfig.from_pretrained(folder).modalities or {}
+    for name, text in code_of(make_modality(*each) for each in options.items()).items():
         (folder / f"{name}.py").write_text(text)
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**about, "auto_map": MODEL_CLASSES}, indent=2))
