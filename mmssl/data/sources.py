@@ -176,9 +176,13 @@ def load_table(arguments: DataArguments, table: Table, streaming: bool) -> Any:
         ValueError: it cannot be read.
     """
     import datasets
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
+    options = dict(table.options)
+    if streaming and table.loader == "parquet":  # shuffling has ten shards open, each of which would be buffered whole
+        options["fragment_scan_options"] = ParquetFragmentScanOptions(pre_buffer=False)
     try:
-        loaded: Any = datasets.load_dataset(table.loader, split=table.split, streaming=streaming, **table.options)
+        loaded: Any = datasets.load_dataset(table.loader, split=table.split, streaming=streaming, **options)
         if streaming and loaded.features is None:
             loaded = loaded._resolve_features()
     except Exception as error:  # datasets raises many kinds; each becomes the one error that names the source
