@@ -3,7 +3,7 @@
     loss = sum over terms of weight * loss of the term
 
 * Hou et al., "GraphMAE2", WWW 2023: masked reconstruction and what a moving-average teacher says of the same nodes.
-* Zheng et al., "What constitutes good contrastive learning in time-series forecasting?", 2023: forecasting, which is
+* Zhang et al., "What constitutes good contrastive learning in time-series forecasting?", 2023: forecasting, which is
   reconstruction of the last patches (``mask_style: future``), and half as much of another objective.
 """
 
@@ -33,7 +33,7 @@ class Sum(Objective):
 
     references: ClassVar = (
         'Hou et al., "GraphMAE2: a decoding-enhanced masked self-supervised graph learner", WWW 2023',
-        'Zheng et al., "What constitutes good contrastive learning in time-series forecasting?", arXiv 2023',
+        'Zhang et al., "What constitutes good contrastive learning in time-series forecasting?", arXiv 2023',
     )
 
     def __init__(self, model: MMSSLModel, terms: dict[str, dict[str, Any]], weights: dict[str, float] | None = None):
