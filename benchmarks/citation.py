@@ -3,9 +3,9 @@
     python benchmarks/citation.py --name cora --config examples/recipes/graphmae_cora.yaml \
         --data "$MMSSL_DATA/graphs/cora.npz"
 
-The GAT is torch-geometric's, of GraphMAE's shape: two layers of four heads, PReLU after each, decoder of one layer and
-one head, Adam without weight decay. Shares of masked and replaced nodes, loss and number of epochs are the recipe's.
-Other flags are those of ``mmssl pretrain``. Scores are appended to docs/results.jsonl.
+The GAT is torch-geometric's, of GraphMAE's shape, trained by Adam without weight decay. Shares of masked and replaced
+nodes, loss and number of epochs are the recipe's. Other flags are those of ``mmssl pretrain``. Scores are appended to
+docs/results.jsonl.
 """
 
 import sys
@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from gat import GraphMAEOfGAT
 from results import append
-from torch import Tensor, nn
-from torch_geometric.nn import GATConv
+from torch import Tensor
 from torch_geometric.utils import add_self_loops, degree, scatter
 
 from mmssl.cli import pretrain_parser, with_source
@@ -74,40 +74,18 @@ def average(x: Tensor, edges: Tensor) -> Tensor:
 def gat(
     x: Tensor, edges: Tensor, seed: int, gamma: float, mask_ratio: float, replace_ratio: float, epochs: int, shape: Any
 ) -> Tensor:
-    """(nodes, D) embeddings of a GAT after GraphMAE's pretraining (Hou et al., 2022)."""
+    """(nodes, D) embeddings of a GAT after GraphMAE's pretraining."""
     torch.manual_seed(seed)
-    width, heads = shape.hidden_size, 4
-    sizes = {"heads": heads, "dropout": 0.1, "add_self_loops": False}
-    layers = nn.ModuleList([GATConv(x.shape[1], width // heads, **sizes), GATConv(width, width // heads, **sizes)])
-    activations = nn.ModuleList([nn.PReLU(), nn.PReLU()])
-    bridge, decoder = nn.Linear(width, width, bias=False), GATConv(width, x.shape[1], add_self_loops=False)
-    mask_token = nn.Parameter(torch.zeros(x.shape[1]))
-    model = nn.ModuleList([layers, activations, bridge, decoder])
-
-    def encode(hidden: Tensor) -> Tensor:
-        for layer, activation in zip(layers, activations, strict=True):
-            hidden = activation(layer(nn.functional.dropout(hidden, 0.2, model.training), edges))
-        return hidden
-
-    optimizer = torch.optim.Adam([*model.parameters(), mask_token], lr=shape.learning_rate)
-    known = x.norm(dim=1) > 0
+    model = GraphMAEOfGAT(x.shape[1], shape.hidden_size, gamma, mask_ratio, replace_ratio)
+    optimizer = torch.optim.Adam(model.parameters(), lr=shape.learning_rate)
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = shape.learning_rate * (1 + np.cos(np.pi * epoch / epochs)) / 2
-        hidden = torch.randperm(len(x))[: int(mask_ratio * len(x))]
-        replaced = hidden[: int(replace_ratio * len(hidden))]
-        seen = x.clone()
-        seen[hidden] = mask_token
-        seen[replaced] = x[torch.randint(len(x), (len(replaced),))]
-        remasked = bridge(encode(seen)).index_fill(0, hidden, 0.0)
-        hidden = hidden[known[hidden]]
-        cosine = nn.functional.cosine_similarity(decoder(remasked, edges)[hidden], x[hidden])
-        loss = ((1 - cosine).clamp(min=0) ** gamma).mean()
         optimizer.zero_grad()
-        loss.backward()
+        model.loss(x, edges).backward()
         optimizer.step()
     model.eval()
     with torch.no_grad():
-        return encode(x)
+        return model.encode(x, edges)
 
 
 if __name__ == "__main__":

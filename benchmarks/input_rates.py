@@ -42,7 +42,8 @@ from mmssl.training.setup import make_optimizer
 from mmssl.training.streams import Stream, open_stream
 
 WORKERS = (1, 2)
-RUN = {"max_train_steps": 12, "logging_steps": 6}  # the last line of the log leaves out the first, slow steps
+# The last line of the log leaves out the first, slow steps.
+RUN: dict[str, Any] = {"max_train_steps": 12, "logging_steps": 6}
 EPOCH = 2**18  # samples: no epoch ends while something is timed
 ROWS, STEPS_OF_SERIES, GRAPHS, ATOMS = 4096, 17_420, 1000, 7  # a table, a series as long as ETTh1's, molecules
 
@@ -284,7 +285,7 @@ def measure(kind: Kind, folder: Path, samples: int, threads: int, seconds: float
 
     rates["step"] = rate(step, size, seconds)
     run = folder / ".run"
-    train = TrainArguments(str(run), per_device_train_batch_size=size, health_steps=None, **RUN)  # type: ignore[arg-type]
+    train = TrainArguments(str(run), per_device_train_batch_size=size, health_steps=None, **RUN)
     pretrain(kind.modality, kind.objective, kind.encoder, data, train)
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     return {"data": about, "batch_size": size, **rates, "run": last["samples_per_second"], "waits": last["data_wait"]}
