@@ -69,7 +69,7 @@ def main() -> None:
 def flags_of(settings: dict[str, Any], modality: str, name: str) -> dict[str, Any]:
     """The flags of a cell: what is common to all, to its modality, to its objective, and its own."""
     objective = settings["objectives"][name]
-    own = objective.get("on", {}).get(modality, {})
+    own = objective.get("modalities", {}).get(modality, {})
     return merged(settings["common"], settings["modalities"][modality]["run"], objective["run"], own)
 
 
