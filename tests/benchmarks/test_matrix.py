@@ -44,3 +44,11 @@ def test_later_settings_win_and_another_class_brings_its_own_options(matrix: Any
     assert matrix.merged(first, {"b": {"init_args": {"y": 2}}})["b"]["init_args"] == {"x": 1, "y": 2}
     assert matrix.merged(first, {"b": {"class_path": "Two"}})["b"] == {"class_path": "Two"}
     assert first["a"] == {"x": 1, "y": 2}
+
+
+def test_what_an_objective_sets_for_one_modality_applies(matrix: Any) -> None:
+    for name, about in SETTINGS["objectives"].items():
+        assert set(about) <= {"run", "modalities"}, name
+        for modality, own in about.get("modalities", {}).items():
+            cell = matrix.flags_of(SETTINGS, modality, name)
+            assert matrix.merged(cell, own) == cell
