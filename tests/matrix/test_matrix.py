@@ -144,7 +144,7 @@ def test_a_resumed_run_goes_on_to_the_bit(modality: str, objective: str, options
 def test_bf16_autocast_is_close(modality: str, objective: str, options: dict[str, Any]) -> None:
     """On the average of a few masks and views: of one, how values are rounded may be more than 2 % of a loss.
 
-    A cosine, of which some losses are a small difference from 1, is known to 2**-8.
+    Some losses are a small difference of cosines from 1, each of them rounded to 2**-8; their average is nearer.
     """
     torch.manual_seed(0)
     module, adapter = build(modality, objective, options)
@@ -154,7 +154,7 @@ def test_bf16_autocast_is_close(modality: str, objective: str, options: dict[str
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = torch.stack([module(batch, generator(seed)).loss for seed in range(4)])
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half.mean(), full.mean(), rtol=0.02, atol=2**-8)
+    torch.testing.assert_close(half.mean(), full.mean(), rtol=0.02, atol=2**-10)
 
 
 @every_cell

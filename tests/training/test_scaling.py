@@ -43,7 +43,7 @@ def test_a_sharded_objective_is_the_unsharded_one(tmp_path: Path) -> None:
     for cell, found in sharded.items():
         assert found.keys() == unsharded[cell].keys()
         for name, value in found.items():
-            close = 1e-5 if name in ("norm", "read", "loss") else 1e-6  # sums of many terms, in another order
+            close = {"norm": 1e-5, "read": 1e-5, "loss": 2e-6}.get(name, 1e-6)  # sums of many terms
             alone = unsharded[cell][name].double()
             assert ((value.double() - alone).abs() <= close + close * alone.abs()).all(), f"{cell} {name}"
 
