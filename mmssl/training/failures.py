@@ -1,6 +1,7 @@
 """Samples that could not be read: they are written down and counted while a run goes on; too many of them stop it."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,11 @@ def deaths_of_workers_explained() -> Iterator[None]:
         ChildProcessError: a worker was killed or has died.
     """
     try:
-        yield
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            time.sleep(1)  # a dying worker closes its connections first: torch's error comes within this second
+            raise
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker (pid"):
             raise

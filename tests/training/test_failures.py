@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,13 +141,32 @@ def kill_a_worker(folder: Path) -> None:
     train(images, folder / "run", kill, num_train_epochs=50, dataloader_num_workers=1)
 
 
+def kill_a_worker_that_has_closed_its_connections(folder: Path) -> None:
+    def close() -> None:
+        (worker,) = multiprocessing.active_children()
+        threading.Timer(0.1, os.kill, (worker.pid, signal.SIGKILL)).start()
+        raise ConnectionResetError("closed by the worker")
+
+    train(folder_of_images(folder / "images", 64, {}), folder / "run", close, dataloader_num_workers=1)
+
+
 @pytest.mark.slow
-def test_a_killed_worker_is_explained_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kill", (kill_a_worker, kill_a_worker_that_has_closed_its_connections))
+def test_a_killed_worker_is_explained_in_one_line(kill: Callable[[Path], None], tmp_path: Path) -> None:
     """In a process of its own: torch hears of the death by a signal, and raises wherever its process is then."""
-    code = "from tests.training.test_failures import *; kill_a_worker(Path(sys.argv[1]))"
+    code = f"from tests.training.test_failures import *; {kill.__name__}(Path(sys.argv[1]))"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("ChildProcessError: "))
-    assert re.search("has died: .*memory has probably run out: lower train", line) and "Killed" in line
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ChildProcessError: ")]
+    assert len(lines) == 1, done.stderr
+    assert re.search("has died: .*memory has probably run out: lower train", lines[0]) and "Killed" in lines[0]
+
+
+def test_a_closed_connection_alone_is_no_death(tmp_path: Path) -> None:
+    def close() -> None:
+        raise ConnectionResetError("closed by a server")
+
+    with pytest.raises(ConnectionResetError, match="by a server"):
+        train(folder_of_images(tmp_path / "images", 16, {}), tmp_path / "run", close)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
