@@ -120,11 +120,14 @@ def deaths_of_workers_explained() -> Iterator[None]:
         except (EOFError, ConnectionError):
             time.sleep(1)  # a dying worker closes its connections first: torch's error comes within this second
             raise
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except Exception as error:
+        death: BaseException | None = error  # or what led to it: code that the signal fell into may have wrapped it
+        while death and not str(death).startswith("DataLoader worker (pid"):
+            death = death.__cause__ or death.__context__
+        if not death:
             raise
         raise ChildProcessError(
-            f"a process that prepares samples has died: {' '.join(str(error).split())} If it was killed, memory has "
+            f"a process that prepares samples has died: {' '.join(str(death).split())} If it was killed, memory has "
             "probably run out: lower train.dataloader_num_workers or train.per_device_train_batch_size; after a bus "
             "error enlarge the shared memory, /dev/shm. Then go on with --train.resume_from_checkpoint latest"
         ) from error

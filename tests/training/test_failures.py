@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from mmssl.encoder import EncoderConfig
 from mmssl.modalities.image import Image
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 from mmssl.training import TrainArguments, pretrain
+from mmssl.training.checkpoint import whole_or_not
+from mmssl.training.failures import deaths_of_workers_explained
 from tests.training.tiny import metrics
 
 
@@ -159,6 +162,13 @@ def test_a_killed_worker_is_explained_in_one_line(kill: Callable[[Path], None], 
     lines = [line for line in done.stderr.splitlines() if line.startswith("ChildProcessError: ")]
     assert len(lines) == 1, done.stderr
     assert re.search("has died: .*memory has probably run out: lower train", lines[0]) and "Killed" in lines[0]
+
+
+def test_a_death_while_a_checkpoint_is_written_is_no_full_disk(tmp_path: Path) -> None:
+    death = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    explained = pytest.raises(ChildProcessError, match=r"has died: DataLoader worker \(pid 7\)")
+    with explained, deaths_of_workers_explained(), whole_or_not(Accelerator(), tmp_path / "step_1"):
+        raise death
 
 
 def test_a_closed_connection_alone_is_no_death(tmp_path: Path) -> None:
