@@ -127,7 +127,8 @@ def deaths_of_workers_explained() -> Iterator[None]:
         if not death:
             raise
         raise ChildProcessError(
-            f"a process that prepares samples has died: {' '.join(str(death).split())} If it was killed, memory has "
-            "probably run out: lower train.dataloader_num_workers or train.per_device_train_batch_size; after a bus "
-            "error enlarge the shared memory, /dev/shm. Then go on with --train.resume_from_checkpoint latest"
+            f"a process that prepares samples has died: {' '.join(str(death).split()).rstrip('.')}. If it was killed, "
+            "memory has probably run out: lower train.dataloader_num_workers or train.per_device_train_batch_size; "
+            "after a bus error enlarge the shared memory, /dev/shm. Then go on with "
+            "--train.resume_from_checkpoint latest"
         ) from error
