@@ -252,7 +252,7 @@ def measure(kind: Kind, folder: Path, samples: int, threads: int, seconds: float
     """Samples per second of each stage, of loaders and of the step, and the share of its time that a run waits."""
     about = kind.write(folder, samples, np.random.default_rng(0))
     source = next(folder.glob("data.*"), folder)  # one file that holds all, or a folder of them
-    data = DataArguments(str(source))
+    data = DataArguments(str(source), cache_mb=0)  # a large data set is prepared anew in each epoch
     size = kind.batch_size
     torch.set_num_threads(1)
     data = replace(data, repeat=math.ceil(EPOCH / len(load_samples(data, kind.modality))))

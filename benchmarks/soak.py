@@ -119,7 +119,9 @@ def loader(workers: int, samples: int = 2000) -> float:
         noise = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), dtype=np.uint8)
         for number, pixels in enumerate(noise):
             PIL.Image.fromarray(pixels).resize((256, 256)).save(Path(folder, f"{number}.jpg"))
-        source = Source(Image(image_size=224, patch_size=16), DataArguments(folder, repeat=samples // len(noise)))
+        source = Source(
+            Image(image_size=224, patch_size=16), DataArguments(folder, repeat=samples // len(noise), cache_mb=0)
+        )
         train = TrainArguments(per_device_train_batch_size=50, dataloader_num_workers=workers)
         stream = open_stream(source, train, Accelerator(cpu=True))
         batches = iter(stream.loader)

@@ -12,6 +12,7 @@ from mmssl.modalities.base import Modality
 from mmssl.randomness import seed_of
 from mmssl.samples import Samples
 
+TENSOR_BYTES = 1000  # of Python's and torch's, of one tensor
 MOST_IN_A_ROW = 1000  # unreadable samples one after the other; then the rest of a large data set is not tried either
 
 
@@ -27,6 +28,8 @@ class PreparedSamples(Dataset):
         on_error: "raise" or "skip".
         seed: random excerpts of large samples, others in each epoch. None: always the same ones, for evaluation.
         repeat: how many times each sample is there, with excerpts of its own each time.
+        cache_bytes: how much memory the prepared samples may take that are kept for the next epochs; once it is full,
+            others are prepared each time. The last one is always kept.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class PreparedSamples(Dataset):
         on_error: Literal["raise", "skip"] = "raise",
         seed: int | None = None,
         repeat: int = 1,
+        cache_bytes: float = 0,
     ):
         if repeat < 1:
             raise ValueError(f"data.repeat: found {repeat}; expected at least 1")
@@ -43,6 +47,8 @@ class PreparedSamples(Dataset):
         self.samples, self.modality, self.on_error, self.seed = samples, modality, on_error, seed
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
         self.last: tuple[int, dict[str, Tensor]] | None = None
+        self.kept: dict[int, dict[str, Tensor]] = {}
+        self.room = cache_bytes
         self.reasons: dict[int, str] = {}  # why samples could not be read, by this process
         self.labels: Tensor | None = None
 
@@ -84,14 +90,25 @@ class PreparedSamples(Dataset):
         )
 
     def excerpt(self, position: int, turn: int = 0) -> dict[str, Tensor]:
-        if self.last is None or self.last[0] != position:  # one huge sample is prepared once
-            self.last = position, self.modality.prepare(self.samples.values[position])
+        prepared = self.prepared(position)
         generator = None
         if self.seed is not None:
             key = seed_of(self.seed, "excerpt", int(self.epoch), position, turn)
             generator = torch.Generator().manual_seed(key)
-        sample = self.modality.excerpt(self.last[1], generator)
+        sample = self.modality.excerpt(prepared, generator)
         return sample if self.labels is None else {**sample, "labels": self.labels[position]}
+
+    def prepared(self, position: int) -> dict[str, Tensor]:
+        if position in self.kept:
+            return self.kept[position]
+        if self.last is None or self.last[0] != position:  # one huge sample is prepared once
+            self.last = position, self.modality.prepare(self.samples.values[position])
+            # Of a view all that it is a view of stays in memory; so does what a tensor is besides its numbers.
+            size = sum(value.untyped_storage().nbytes() + TENSOR_BYTES for value in self.last[1].values())
+            if size <= self.room:
+                self.kept[position] = self.last[1]
+                self.room -= size
+        return self.last[1]
 
     def collate(self, items: Sequence[tuple[dict[str, Tensor], list[int], int]]) -> dict[str, Any]:
         """The modality's batch as "inputs"; the positions of unreadable samples, a list of int, as "failed", and why

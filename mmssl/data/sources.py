@@ -40,6 +40,8 @@ class DataArguments:
         shuffle_buffer_size: of a stream, how many rows are kept to draw the next one from; shards come in random order.
         repeat: how many times an epoch of training reads each sample; of a scene or a graph that is too large, another
             part each time, so that one such sample fills batches and keeps several processes busy.
+        cache_mb: memory for samples that training keeps prepared (decoded, resized) from one epoch to the next, of each
+            process, divided among its workers; what does not fit is prepared each time. 0: nothing is kept.
         guide: for training, a file that `mmssl embed` has written of these samples: batches are then laid out without
             two samples of one cluster of their embeddings, as long as clusters last (G-SimCLR).
         on_error: what to do with an unreadable sample: "raise", or "skip" it, take the next one, and write it down in
@@ -57,6 +59,7 @@ class DataArguments:
     streaming: bool = False
     shuffle_buffer_size: int = 1000
     repeat: int = 1
+    cache_mb: float = 256.0
     guide: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     max_failed: float = 0.1
@@ -64,6 +67,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.max_failed <= 1:
             raise ValueError(f"data.max_failed: found {self.max_failed}; expected a share from 0 to 1")
+        if self.cache_mb < 0:
+            raise ValueError(f"data.cache_mb: found {self.cache_mb}; expected megabytes, or 0 to keep nothing")
 
 
 def load_samples(arguments: DataArguments, modality: Modality) -> Samples:

@@ -59,7 +59,7 @@ class StreamedSamples(IterableDataset):
                 "Hub; leave it out: files of a folder are read one by one anyway"
             )
         defaults = DataArguments()
-        for name in ("filter", "max_samples", "repeat", "guide"):
+        for name in ("filter", "max_samples", "repeat", "cache_mb", "guide"):
             if getattr(arguments, name) != getattr(defaults, name):
                 raise ValueError(f"data.{name}: a stream has no such choice; leave it or data.streaming out")
         table = load_table(arguments, found, streaming=True)

@@ -31,7 +31,7 @@ from mmssl.evaluation.parts import Parts
 from mmssl.modalities.base import Batch, Modality
 
 ENDINGS = (".parquet", ".npz", ".npy")
-BESIDE_SAMPLES = ("shuffle_buffer_size", "repeat", "guide", "max_failed")  # options of training
+BESIDE_SAMPLES = ("shuffle_buffer_size", "repeat", "cache_mb", "guide", "max_failed")  # options of training
 
 
 def embed(

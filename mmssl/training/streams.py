@@ -156,7 +156,8 @@ def open_stream(source: Source, train: TrainArguments, accelerator: Accelerator)
         loader = DataLoader(rows, collate_fn=rows.collate, **options)
         device = accelerator.device
         return EndlessStream(rows, loader, batch_size, source.weight, device=device, rows=[0] * workers)
-    dataset = PreparedSamples(samples, source.modality, source.data.on_error, train.seed, source.data.repeat)
+    cache = source.data.cache_mb * 2**20 / max(1, train.dataloader_num_workers)
+    dataset = PreparedSamples(samples, source.modality, source.data.on_error, train.seed, source.data.repeat, cache)
     if len(dataset) < (needed := batch_size * accelerator.num_processes):
         raise ValueError(
             f"{source.modality.name}: found {len(dataset)} samples, and one batch needs {needed}; lower "

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmssl.data import DataArguments, PreparedSamples, Samples, load_samples
+from mmssl.data.prepared import TENSOR_BYTES
 from mmssl.modalities.base import Modality
 from mmssl.modalities.graph import Graph
 from mmssl.modalities.image import Image
@@ -204,6 +205,39 @@ def test_one_large_sample_is_prepared_once() -> None:
         assert data[0][0]["number"] == 10
     assert data.modality.prepared == 1
     assert [int(data[i][0]["number"]) for i in (1, 0, 1)] == [11, 10, 11]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_samples_that_fit_into_the_cache_are_prepared_once(kept: int) -> None:
+    """A tensor of one int64 is counted with what it takes besides; excerpts are new ones in each epoch all the same."""
+    plain = lottery(3)
+    data = PreparedSamples(plain.samples, Lottery(), seed=0, cache_bytes=kept * (TENSOR_BYTES + 8))
+    for epoch in range(3):
+        assert draws(data, epoch) == draws(plain, epoch)
+    assert data.modality.prepared == 3 + 2 * (3 - kept) and plain.modality.prepared == 9
+
+
+def test_a_view_takes_as_much_of_the_cache_as_what_it_is_a_view_of() -> None:
+    class Windows(Lottery):
+        def prepare(self, sample: int) -> dict[str, Tensor]:
+            self.prepared += 1
+            return {"number": torch.arange(1000)[sample]}
+
+    data = PreparedSamples(lottery(3).samples, Windows(), cache_bytes=2 * TENSOR_BYTES + 8000)
+    assert [draws(data, epoch) for epoch in range(2)] and data.modality.prepared == 3 + 2
+
+
+def test_what_cannot_be_read_is_tried_in_each_epoch() -> None:
+    class Unlucky(Lottery):
+        def prepare(self, sample: int) -> dict[str, Tensor]:
+            self.prepared += 1
+            raise ValueError("found nothing")
+
+    data = PreparedSamples(lottery(2).samples, Unlucky(), "skip", cache_bytes=1e6)
+    for count in (2, 4):
+        with pytest.raises(ValueError, match="none of 2 samples could be read"):
+            data[0]
+        assert data.modality.prepared == count
 
 
 def test_an_error_of_an_excerpt_names_the_sample_or_skips_it() -> None:

@@ -674,3 +674,8 @@ def test_folder_of_tables_is_none_of_images(tmp_path: Path) -> None:
     rows_file(tmp_path / "a.csv")
     with pytest.raises(ValueError, match=r"no image file in .*ending in \.png"):
         load(tmp_path)
+
+
+def test_a_cache_of_less_than_nothing() -> None:
+    with pytest.raises(ValueError, match=r"data.cache_mb: found -1; expected megabytes, or 0"):
+        DataArguments(cache_mb=-1)

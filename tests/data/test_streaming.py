@@ -168,6 +168,7 @@ def test_an_unreadable_row_is_named(tmp_path: Path) -> None:
         ({"max_samples": 3}, "data.max_samples: a stream has no such choice"),
         ({"filter": "a=b"}, "data.filter: .*"),
         ({"repeat": 2}, "data.repeat: a stream"),
+        ({"cache_mb": 10}, "data.cache_mb: a stream"),
     ],
 )
 def test_choices_that_a_stream_does_not_have(tmp_path: Path, options: dict, message: str) -> None:

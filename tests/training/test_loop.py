@@ -18,7 +18,7 @@ from mmssl.modalities.image import Image
 from mmssl.objectives.masked_reconstruction import MaskedReconstruction
 from mmssl.training import TrainArguments, load_objective, pretrain
 from mmssl.training.setup import make_optimizer
-from tests.training.tiny import run
+from tests.training.tiny import metrics, run
 
 
 def test_a_run_leaves_a_model_a_processor_its_heads_and_its_record(tmp_path: Path) -> None:
@@ -34,6 +34,28 @@ def test_a_run_leaves_a_model_a_processor_its_heads_and_its_record(tmp_path: Pat
     batch = processor([torch.rand(8, 8).numpy()] * 2)
     assert torch.equal(model(**batch).pooler_output, objective.model(**batch).pooler_output)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".bin", ".pt")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_that_keeps_what_it_has_prepared_learns_the_same(workers: int, tmp_path: Path) -> None:
+    losses = {}
+    for cache in (0, 0.02, 256):  # nothing, about a dozen of the digits, all
+        out = tmp_path / str(cache)
+        pretrain(
+            Image(image_size=8, patch_size=2, num_channels=1),
+            partial(MaskedReconstruction, decoder_layers=1, decoder_hidden_size=16),
+            EncoderConfig(16, 1, 2),
+            DataArguments("digits", max_samples=24, cache_mb=cache),
+            TrainArguments(
+                str(out),
+                max_train_steps=9,
+                per_device_train_batch_size=8,
+                logging_steps=1,
+                dataloader_num_workers=workers,
+            ),
+        )
+        losses[cache] = [line["loss"] for line in metrics(out)]
+    assert losses[0] == losses[0.02] == losses[256] and len(set(losses[0])) == 9
 
 
 def test_training_changes_the_weights_and_lowers_the_loss(tmp_path: Path) -> None:
